@@ -1,0 +1,164 @@
+"""What a benchmark is made of, as data.
+
+    Operator         one operation: how inputs are made, what the right result is, what the work costs, who does it
+    Implementation   one way to compute it, ours or a baseline: prepare(**inputs) gives the call that is timed
+    Case             one operator at one shape, in one dtype, forward or backward
+
+An operator and its implementations are written like this (see norm.py):
+
+    rms_norm = Operator("rms_norm", shape="{rows}x{width}", inputs=..., reference=..., plain=..., work=...)
+
+    @rms_norm.implementation("nearpeak")
+    def _(x, weight):
+        return lambda: nearpeak.rms_norm(x, weight)
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The least that one call must do: floating point operations, elements read and elements written."""
+
+    flops: float
+    read: float
+    written: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """prepare(**inputs) does what is not timed (masks, buffers, compilation) and returns the call that is timed.
+
+    baseline: what users have today, which ours is held against
+    compiled: torch.compile makes it, which takes seconds before the first call
+    same_result: it computes the operator's result (False for a yardstick such as torch.relu)
+    """
+
+    name: str
+    prepare: Callable[..., Callable[[], Any]]
+    baseline: bool = False
+    compiled: bool = False
+    same_result: bool = True
+
+
+@dataclasses.dataclass(eq=False)
+class Operator:
+    """One operation.
+
+    shape: template that names a case's parameters for people
+    inputs: inputs(random, **parameters) gives the keyword arguments of everything below; random(*shape) gives a
+        normally distributed tensor in the case's dtype
+    reference: the definition; its result on the inputs in float64 is the truth
+    plain: the plain PyTorch layer, whose error is the measure for others' errors
+    work: for "forward", and where it is benchmarked "backward", a function of the parameters that gives Work
+    kernels: for the same directions, the torch operator that serves ours, to say by which backend
+    differentiable: the inputs whose gradients backward computes
+    inplace: results are written into the inputs, so each implementation gets inputs of its own
+    """
+
+    name: str
+    shape: str
+    inputs: Callable[..., dict[str, Any]]
+    reference: Callable[..., Any]
+    plain: Callable[..., Any]
+    work: Mapping[str, Callable[..., Work]]
+    kernels: Mapping[str, str]
+    differentiable: tuple[str, ...] = ()
+    inplace: bool = False
+    implementations: dict[str, Implementation] = dataclasses.field(default_factory=dict)
+
+    def implementation(self, name: str, **options) -> Callable:
+        """Decorator that registers a `prepare` function; options are Implementation's fields."""
+
+        def register(prepare):
+            self.implementations[name] = Implementation(name, prepare, **options)
+            return prepare
+
+        return register
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    operator: Operator
+    parameters: Mapping[str, Any]
+    dtype: torch.dtype
+    direction: str = "forward"
+    quick: bool = False
+
+    @property
+    def shape(self) -> str:
+        return self.operator.shape.format(**self.parameters)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator.name}-{self.shape.replace(' ', '-')}-{self.dtype_name}-{self.direction}"
+
+    def work(self) -> Work | None:
+        work = self.operator.work.get(self.direction)
+        return work and work(**self.parameters)
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """The same inputs at every call."""
+        generator = torch.Generator().manual_seed(SEED)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).to(device, self.dtype)
+
+        return self.operator.inputs(random, **self.parameters)
+
+    def bind(self, prepare: Callable[..., Callable[[], Any]], inputs: dict[str, Any]) -> Callable[[], Any]:
+        """The call to be timed: an implementation's forward on `inputs`, or its backward alone."""
+        operator = self.operator
+        if operator.inplace:
+            inputs = map_tensors(torch.clone, inputs)
+        if self.direction == "forward":
+            return prepare(**inputs)
+        inputs = dict(inputs)
+        for name in operator.differentiable:
+            inputs[name] = inputs[name].detach().requires_grad_()
+        wanted = [inputs[name] for name in operator.differentiable]
+        outputs = as_tuple(prepare(**inputs)())
+        gradients = self._upstream(outputs)
+        return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+
+    def _upstream(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Gradients of the outputs: the same values for every implementation, and for the truth in float64."""
+        generator = torch.Generator().manual_seed(SEED + 1)
+        return tuple(
+            torch.randn(*output.shape, generator=generator).to(self.dtype).to(output.device, output.dtype)
+            for output in outputs
+        )
+
+    def truth(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The reference's result in float64."""
+        wide = map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
+        return as_tuple(self.bind(lambda **inputs: lambda: self.operator.reference(**inputs), wide)())
+
+    def plain(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The plain layer's result in the case's dtype."""
+        return as_tuple(self.bind(lambda **inputs: lambda: self.operator.plain(**inputs), inputs)())
+
+
+def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def map_tensors(function: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: function(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def compiled(function: Callable) -> Callable:
+    """`torch.compile` of a whole function for one shape, its backward callable more than once."""
+    # Donated buffers are freed by the first backward; the timed one runs many times on one graph.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -1,0 +1,84 @@
+"""The HTML report: one page that holds everything and asks the network for nothing."""
+
+import dataclasses
+import pathlib
+
+import jinja2
+
+from . import plots, table
+from .results import Results
+
+TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """One chart: SVG text, and the sentence that says what it shows to who cannot see it."""
+
+    description: str
+    svg: str
+
+
+def _charts(results: Results) -> dict[str, list[Chart]]:
+    """By suite, two charts for each operator."""
+    charts: dict[str, list[Chart]] = {}
+    by_operator: dict[tuple[str, str], list] = {}
+    for row in results.rows:
+        for candidate in row.candidates():
+            by_operator.setdefault((row.suite, row.operator), []).append((row, candidate))
+    for (suite, operator), pairs in by_operator.items():
+        found = charts.setdefault(suite, [])
+        if timed := [pair for pair in pairs if pair[1].ratios]:
+            description = f"{operator}: how many times faster than each baseline"
+            found.append(Chart(description, plots.speedup_chart(timed)))
+        if bounded := [pair for pair in pairs if pair[1].share is not None]:
+            found.append(Chart(f"{operator}: share of the physical limit", plots.limit_chart(bounded)))
+    return charts
+
+
+def machine_facts(results: Results) -> list[tuple[str, str]]:
+    """What the page says of the machine, as (name, value) pairs."""
+    machine = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    memory = machine["memory_bytes"]
+    facts = [
+        ("Processor", machine["processor"]),
+        ("Features", " ".join(machine["features"])),
+        ("Cores, threads used", f"{machine['cores']}, {machine['threads']}"),
+        ("Memory", f"{memory / 2**30:.0f} GiB" if memory else "unknown"),
+        ("Instruction set of nearpeak", machine["isa"] or "none: the C++ extension is missing"),
+        ("Instruction set of PyTorch", machine["torch_capability"]),
+        ("GPU", "; ".join(machine["gpus"]) or "none"),
+        ("Versions", versions),
+        ("Commit", machine["commit"] or "unknown"),
+    ]
+    if results.peaks:
+        rates = results.peaks.multiply_add.items()
+        largest = max(results.peaks.copy)
+        facts += [
+            ("Peak multiply-add", ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates)),
+            ("Memory bandwidth", f"copy {results.peaks.copy[largest] / 1e9:.1f} GB/s, "
+                                 f"read {results.peaks.read[largest] / 1e9:.1f} GB/s"),
+        ]  # fmt: skip
+    return facts
+
+
+def tables_of(results: Results) -> list[table.Table]:
+    """The tables of the suites in the order in which they ran, then the model's."""
+    suites = dict.fromkeys(row.suite for row in results.rows)
+    tables = [table.suite_table(suite, results.rows) for suite in suites]
+    if results.model:
+        tables.append(table.model_table(results.model))
+    return tables
+
+
+def to_html(results: Results) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        results=results,
+        facts=machine_facts(results),
+        summary=table.summary_table(results.rows),
+        tables=tables_of(results),
+        charts=_charts(results),
+        explanation=table.EXPLANATION,
+    )

@@ -1,0 +1,145 @@
+"""Runs one case: correctness first, then time, then memory."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from nearpeak import backends
+
+from . import timing
+from .cases import Case, Implementation, as_tuple
+from .exactness import errors, why_inexact
+from .memory import extra_memory
+from .peaks import Peaks
+from .results import Measurement, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """budget: seconds of timing per case (never fewer than three rounds); memory: also measure peak memory."""
+
+    device: torch.device
+    budget: float
+    memory: bool = True
+
+
+def serving_backend(case: Case, inputs: dict) -> str:
+    """Which nearpeak backend serves the case, with its instruction set."""
+    tensor = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    if backends.reference_serves(tensor):
+        return "reference"
+    operator = getattr(torch.ops.nearpeak, case.operator.kernels[case.direction]).default
+    name = backends.kernel_name(operator, tensor.device)
+    return f"{name} {backends.isa()}" if name == "cpu" else name
+
+
+def _worst_errors(results, exact) -> tuple[float, float]:
+    """Mean and maximum error, each of the output where it is largest."""
+    found = [errors(*pair) for pair in zip(results, exact, strict=True)]
+    return max(mean for mean, _ in found), max(maximum for _, maximum in found)
+
+
+class Examiner:
+    """Judges implementations of one case against the truth and the plain layer's error."""
+
+    def __init__(self, case: Case, inputs: dict):
+        self.case, self.inputs = case, inputs
+        self.exact = case.truth(inputs)
+        self.plain = case.plain(inputs)
+        self.plain_errors = _worst_errors(self.plain, self.exact)
+
+    def examine(self, implementation: Implementation, measurement: Measurement) -> Callable[[], object] | None:
+        """Run once, note errors and verdict in `measurement`, and return the call if its time counts."""
+        try:
+            call = self.case.bind(implementation.prepare, self.inputs)
+            result = as_tuple(call())
+        except ModuleNotFoundError as error:
+            measurement.status, measurement.note = "absent", f"{error.name} is not installed"
+            return None
+        except Exception as error:
+            message = (str(error).strip() or "no message").splitlines()[0]
+            measurement.status, measurement.note = "failed", f"{type(error).__name__}: {message}"
+            return None
+        if not implementation.same_result:
+            return call
+        reason = self._why_wrong(result, measurement)
+        if reason and implementation.baseline:
+            # It is what users have, so its time counts; that it is less exact is said.
+            measurement.note = f"less exact than the plain layer: {reason}"
+        elif reason:
+            measurement.status, measurement.note = "wrong", reason
+            return None
+        return call
+
+    def _why_wrong(self, result, measurement: Measurement) -> str | None:
+        shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (result, self.exact))
+        if shapes != expected:
+            return f"shapes {shapes}, expected {expected}"
+        dtypes, expected = ([t.dtype for t in tensors] for tensors in (result, self.plain))
+        if dtypes != expected:
+            return f"dtypes {dtypes}, expected {expected}"
+        measurement.error_mean, measurement.error_max = _worst_errors(result, self.exact)
+        return why_inexact(result, self.plain, self.exact)
+
+
+def run_case(
+    suite: str,
+    case: Case,
+    settings: Settings,
+    peaks: Peaks | None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Row:
+    """Everything a row holds; `progress` is told what is done next."""
+    implementations = case.operator.implementations
+    if any(each.compiled for each in implementations.values()):
+        # Dynamo keeps a few shapes per function and then runs it uncompiled without a word: start each case afresh.
+        torch.compiler.reset()
+    inputs = case.inputs(settings.device)
+    backend = serving_backend(case, inputs)
+    measurements = {
+        name: Measurement(name, each.baseline, "" if each.baseline else backend)
+        for name, each in implementations.items()
+    }
+    progress("truth in float64")
+    examiner = Examiner(case, inputs)
+    calls = {}
+    for name, implementation in implementations.items():
+        progress(f"checking {name}")
+        if call := examiner.examine(implementation, measurements[name]):
+            calls[name] = call
+    plain_errors = examiner.plain_errors
+    del examiner
+    progress("timing")
+    samples = timing.time_interleaved(calls, settings.budget, timing.clock_of(settings.device))
+    timed = list(calls)
+    calls.clear()
+    work = case.work()
+    limit, bound = peaks.limit(work, case.dtype) if work and peaks else (None, None)
+    for name in timed:
+        progress(f"memory of {name}")
+        _fill_in(measurements[name], samples, limit)
+        if settings.memory:
+            measurements[name].extra_memory = extra_memory(case, implementations[name], settings.device)
+    _compare(measurements, timed)
+    return Row(
+        suite=suite, case=case.name, operator=case.operator.name, shape=case.shape, dtype=case.dtype_name,
+        direction=case.direction, plain_error_mean=plain_errors[0], plain_error_max=plain_errors[1],
+        limit_seconds=limit, bound=bound, measurements=list(measurements.values()),
+    )  # fmt: skip
+
+
+def _fill_in(measurement: Measurement, samples: dict[str, timing.Samples], limit: float | None) -> None:
+    measurement.samples = samples[measurement.implementation]
+    measurement.spread = timing.spread(measurement.samples.seconds)
+    if limit is not None:
+        measurement.share = limit / measurement.spread.median
+
+
+def _compare(measurements: dict[str, Measurement], timed: list[str]) -> None:
+    for candidate in timed:
+        if measurements[candidate].baseline:
+            continue
+        for name in timed:
+            if measurements[name].baseline:
+                seconds = (measurements[each].samples.seconds for each in (name, candidate))
+                measurements[candidate].ratios[name] = timing.ratio(*seconds)

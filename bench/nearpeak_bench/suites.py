@@ -1,0 +1,28 @@
+"""The suites by name, one per family, and the choice of their cases."""
+
+from collections.abc import Iterable
+
+import torch
+
+from . import attention, norm, overhead, rotary
+from .cases import Case
+
+SUITES = {"norm": norm.CASES, "rotary": rotary.CASES, "attention": attention.CASES, "overhead": overhead.CASES}
+
+
+def select(
+    suites: Iterable[str], *, full: bool = False, dtypes: Iterable[torch.dtype] = (), pattern: str = ""
+) -> list[tuple[str, Case]]:
+    """(suite, case) pairs: the quick ones or all; dtypes and pattern (part of the case's name) narrow the choice."""
+    dtypes = list(dtypes)
+    return [
+        (suite, case)
+        for suite in suites
+        for case in SUITES[suite]
+        if (full or case.quick) and (not dtypes or case.dtype in dtypes) and pattern in case.name
+    ]
+
+
+def find(name: str) -> Case:
+    """The case of that name."""
+    return next(case for cases in SUITES.values() for case in cases if case.name == name)

@@ -1,0 +1,254 @@
+"""Results as tables for people: one line per case and candidate, in the terminal, in Markdown and in HTML.
+
+The worst line of a suite, the one slowest against its fastest baseline, is marked, and so is every wrong result.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable
+
+import rich.box
+import rich.console
+import rich.measure
+import rich.table
+import rich.text
+
+from .memory import RESOLUTION
+from .results import Measurement, Row
+from .timing import Ratio, Spread
+
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+CASE_HEADERS = ["op", "shape", "dtype", "backend"]
+DROPPABLE = ["max error", "memory", "mean error", "backend", "rows"]
+UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
+STYLES = {"worst": "bold yellow", "bad": "bold red", "fine": ""}
+EXPLANATION = (
+    "time: median of one call, and the quartiles. A column named after a baseline: how many times faster nearpeak is "
+    "than it (above 1 is faster), and the 95 % interval. limit: the share reached of what this machine's arithmetic "
+    "and memory, measured in this run, allow. error: against float64, and the plain layer's own. memory: peak bytes "
+    "of a call beside inputs and outputs."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The cells of one line, and its mark: "fine", "worst" or "bad" (wrong or failed)."""
+
+    cells: list[str]
+    mark: str
+    note: str
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.cells[:3])
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    title: str
+    headers: list[str]
+    lines: list[Line]
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    return next((unit for unit in UNITS if abs(seconds) >= unit[1]), UNITS[-1])
+
+
+def seconds_text(seconds: float) -> str:
+    unit, size = _unit(seconds)
+    return f"{_figure(seconds / size)} {unit}"
+
+
+def _figure(value: float) -> str:
+    """Three significant figures, and never an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def bytes_text(size: int | None) -> str:
+    if size is None:
+        return "-"
+    if size < RESOLUTION:
+        return "~0"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def error_text(own: float | None, plain: float) -> str:
+    return "-" if own is None else f"{_short(own)} ({_short(plain)})"
+
+
+def _short(value: float) -> str:
+    """1.2e-7, without the zero that Python puts before a single digit of the exponent."""
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+00", "") if value else "0"
+
+
+def spread_text(spread: Spread) -> str:
+    _, size = _unit(spread.median)
+    return f"{seconds_text(spread.median)} ({_figure(spread.lower / size)}-{_figure(spread.upper / size)})"
+
+
+def ratio_text(ratio: Ratio) -> str:
+    return f"{_figure(ratio.value)}x ({_figure(ratio.lower)}-{_figure(ratio.upper)})"
+
+
+def slowest_ratio(candidate: Measurement) -> Ratio | None:
+    """The ratio to the fastest baseline."""
+    return min(candidate.ratios.values(), key=lambda ratio: ratio.value, default=None)
+
+
+def _ratio_cell(row: Row, candidate: Measurement, name: str) -> str:
+    if name in candidate.ratios:
+        return ratio_text(candidate.ratios[name])
+    baseline = next((m for m in row.measurements if m.implementation == name), None)
+    return "" if baseline is None or candidate.status != "ok" else baseline.status
+
+
+def _note(row: Row, candidate: Measurement) -> str:
+    if row.limit_seconds is None and candidate.ratios:
+        # A yardstick, not a rival: what counts is the time on top of it.
+        over = (f"{seconds_text(ratio.difference)} over {name}" for name, ratio in candidate.ratios.items())
+        return ", ".join(over)
+    return candidate.note
+
+
+def suite_table(suite: str, rows: Iterable[Row]) -> Table:
+    """The table of one suite."""
+    rows = [row for row in rows if row.suite == suite]
+    baselines = list(dict.fromkeys(m.implementation for row in rows for m in row.baselines()))
+    pairs = [(row, candidate) for row in rows for candidate in row.candidates()]
+    timed = [candidate for _, candidate in pairs if candidate.ratios]
+    worst = min(timed, key=lambda candidate: slowest_ratio(candidate).value, default=None)
+    lines = []
+    for row, candidate in pairs:
+        bad = candidate.status in ("wrong", "failed")
+        cells = [
+            row.operator if row.direction == "forward" else f"{row.operator} {row.direction}",
+            row.shape,
+            SHORT_DTYPES.get(row.dtype, row.dtype),
+            candidate.backend if candidate.implementation == "nearpeak" else candidate.implementation,
+            candidate.status.upper() if candidate.spread is None else spread_text(candidate.spread),
+            *(_ratio_cell(row, candidate, name) for name in baselines),
+            "-" if candidate.share is None else f"{100 * candidate.share:.0f}%",
+            error_text(candidate.error_mean, row.plain_error_mean),
+            error_text(candidate.error_max, row.plain_error_max),
+            bytes_text(candidate.extra_memory),
+        ]
+        lines.append(Line(cells, "bad" if bad else "worst" if candidate is worst else "fine", _note(row, candidate)))
+    headers = [*CASE_HEADERS, "time", *baselines]
+    return Table(suite, [*headers, "limit", "mean error", "max error", "memory"], lines)
+
+
+def summary_table(rows: list[Row]) -> Table:
+    """One line per operator, dtype and direction: against the fastest baseline of each row."""
+    groups: dict[tuple, list[tuple[Row, Measurement]]] = {}
+    for row in rows:
+        for candidate in row.candidates():
+            key = (row.operator, row.direction, row.dtype, candidate.backend)
+            groups.setdefault(key, []).append((row, candidate))
+    lines = [_summary_line(*key, members) for key, members in groups.items()]
+    headers = ["op", "dtype", "backend", "rows", "wrong", "vs fastest baseline", "worst", "at", "limit"]
+    return Table("summary", headers, lines)
+
+
+def _summary_line(operator, direction, dtype, backend, members) -> Line:
+    timed = [(row, candidate, slowest_ratio(candidate)) for row, candidate in members if candidate.ratios]
+    wrong = sum(candidate.status in ("wrong", "failed") for _, candidate in members)
+    shares = [candidate.share for _, candidate in members if candidate.share is not None]
+    cells = [
+        operator if direction == "forward" else f"{operator} {direction}",
+        SHORT_DTYPES.get(dtype, dtype),
+        backend,
+        str(len(members)),
+        str(wrong),
+    ]
+    mark = "bad" if wrong else "fine"
+    if timed:
+        row, candidate, slowest = min(timed, key=lambda member: member[2].value)
+        name = next(name for name, ratio in candidate.ratios.items() if ratio is slowest)
+        mean = statistics.geometric_mean(ratio.value for _, _, ratio in timed)
+        cells += [f"{_figure(mean)}x", f"{_figure(slowest.value)}x", f"{row.shape} ({name})"]
+        # A whole interval below 1: slower than what users have, beyond the noise of this run.
+        if mark == "fine" and slowest.upper < 1 and row.limit_seconds is not None:
+            mark = "worst"
+    else:
+        cells += ["-", "-", "-"]
+    cells.append(f"{100 * statistics.median(shares):.0f}%" if shares else "-")
+    return Line(cells, mark, "")
+
+
+def model_table(model: dict) -> Table:
+    """The model benchmark's rows, whose keys are the headers."""
+    rows = model.get("rows", [])
+    headers = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
+    return Table("model", headers, [Line([_model_cell(row.get(key)) for key in headers], "fine", "") for row in rows])
+
+
+def _model_cell(value) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_rich(table: Table, console: rich.console.Console) -> rich.table.Table:
+    """The table for a terminal, without the columns of least interest where it is narrow; notes stand under it."""
+    dropped: list[str] = []
+    while True:
+        shown = _rich_table(table, dropped)
+        left = [header for header in DROPPABLE if header in table.headers and header not in dropped]
+        width = rich.measure.Measurement.get(console, console.options.update(width=1000), shown).maximum
+        if width <= console.width or not left:
+            return shown
+        dropped.append(left[0])
+
+
+def _rich_table(table: Table, dropped: list[str]) -> rich.table.Table:
+    notes = [f"{line.name}: {line.note}" for line in table.lines if line.note]
+    if dropped:
+        notes.append(f"This terminal is too narrow for: {', '.join(dropped)}. The files written have them.")
+    shown = rich.table.Table(
+        title=table.title, title_justify="left", title_style="bold", header_style="bold", caption_justify="left",
+        box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="\n".join(notes) or None,
+    )  # fmt: skip
+    kept = [index for index, header in enumerate(table.headers) if header not in dropped]
+    # The first four columns name a case: two lines of one column save a terminal's width.
+    cased = table.headers[:4] == CASE_HEADERS
+    if cased:
+        kept = [index for index in kept if index >= 4]
+        shown.add_column("case")
+    for index in kept:
+        left = not cased and index < 3
+        shown.add_column(_folded_header(table.headers[index]), justify="left" if left else "right")
+    for line in table.lines:
+        cells = [_folded(line.cells[index]) for index in kept]
+        if cased:
+            op, shape, dtype, backend = line.cells[:4]
+            cells.insert(0, f"{op}\n{shape} {dtype} {backend}")
+        if line.mark == "worst":
+            cells[0] = cells[0].replace("\n", " ◀ worst\n") if cased else f"{cells[0]} ◀"
+        shown.add_row(*map(rich.text.Text, cells), style=STYLES[line.mark])
+    return shown
+
+
+def _folded(cell: str) -> str:
+    """A value above what belongs to it: an interval, the plain layer's error, a baseline."""
+    return cell.replace(" (", "\n").removesuffix(")")
+
+
+def _folded_header(header: str) -> str:
+    return header.replace(".", ".\n").replace(" ", "\n")
+
+
+def to_markdown(tables: Iterable[Table]) -> str:
+    """The tables for a pull request."""
+    parts = []
+    for table in tables:
+        head = [f"### {table.title}", "", _markdown_line(table.headers), _markdown_line(["---"] * len(table.headers))]
+        for line in table.lines:
+            emphasis = {"worst": "**", "bad": "**", "fine": ""}[line.mark]
+            head.append(_markdown_line(f"{emphasis}{cell}{emphasis}" if cell else "" for cell in line.cells))
+        notes = [f"- {line.name}: {line.note}" for line in table.lines if line.note]
+        parts.append("\n".join([*head, "", *notes]).rstrip() + "\n")
+    return "\n".join([*parts, EXPLANATION, ""])
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

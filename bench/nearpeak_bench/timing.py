@@ -1,0 +1,142 @@
+"""Interleaved timing, and ratios with intervals.
+
+A round times every call once, in random order; rounds repeat until the time budget is spent. So baseline and
+candidate meet the same drift of clock and neighbours, and are compared round by round:
+
+    ratio = median over rounds of (baseline's time / candidate's time)        above 1: the candidate is faster
+
+with a bootstrap interval over the rounds. A sample is the mean of as many calls as fill a millisecond. Every sample
+is kept. Caches are as the preceding calls leave them, and outputs are fresh unless the call itself reuses them.
+"""
+
+import dataclasses
+import gc
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+# Long enough that the clock's own 0.05 us and the loop's 0.03 us a call vanish, even for calls of 1 us.
+MIN_SAMPLE_SECONDS = 1e-3
+# Even a first call of this length leaves no doubt that one call fills a sample; slow baselines need no second one.
+CERTAINLY_LONG_SECONDS = 1.0
+MIN_ROUNDS = 3
+MAX_ROUNDS = 200
+BOOTSTRAP_RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+Clock = Callable[[Callable[[], object], int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Seconds per call of one implementation, one figure per round, each the mean of `repeats` calls."""
+
+    seconds: list[float]
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of samples, in seconds."""
+
+    median: float
+    lower: float
+    upper: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """How many times faster a candidate is than a baseline, with its interval, and the difference in seconds."""
+
+    value: float
+    lower: float
+    upper: float
+    difference: float
+
+
+def cpu_clock(call: Callable[[], object], repeats: int) -> float:
+    """Seconds that `repeats` calls take."""
+    loop = itertools.repeat(None, repeats)
+    start = time.perf_counter_ns()
+    for _ in loop:
+        call()
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def cuda_clock(call: Callable[[], object], repeats: int) -> float:
+    """Seconds between the first kernel's start and the last one's end, by the GPU's own events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in itertools.repeat(None, repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def clock_of(device: torch.device) -> Clock:
+    return cuda_clock if device.type == "cuda" else cpu_clock
+
+
+def calibrate(call: Callable[[], object], clock: Clock) -> int:
+    """How many calls fill MIN_SAMPLE_SECONDS; warms the call up on the way."""
+    if clock(call, 1) > CERTAINLY_LONG_SECONDS:
+        return 1
+    repeats = 1
+    while (elapsed := clock(call, repeats)) < MIN_SAMPLE_SECONDS:
+        # One sample may be slow for reasons of its own, and a coarse clock may read zero: grow tenfold at most.
+        wanted = math.ceil(1.2 * repeats * MIN_SAMPLE_SECONDS / max(elapsed, 1e-9))
+        repeats = min(10 * repeats, max(wanted, repeats + 1))
+    return repeats
+
+
+def best_seconds(call: Callable[[], object], clock: Clock, samples: int = 20) -> float:
+    """The fastest of some samples: for measuring what the hardware can do, never for comparing kernels."""
+    repeats = calibrate(call, clock)
+    return min(clock(call, repeats) for _ in range(samples)) / repeats
+
+
+def time_interleaved(
+    calls: dict[str, Callable[[], object]], budget: float, clock: Clock = cpu_clock, seed: int = 0
+) -> dict[str, Samples]:
+    """Time all `calls` in interleaved rounds of random order for `budget` seconds, MIN_ROUNDS rounds at least."""
+    shuffle = random.Random(seed).shuffle
+    order = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        repeats = {name: calibrate(call, clock) for name, call in calls.items()}
+        deadline = time.perf_counter() + budget
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() >= deadline:
+                break
+            shuffle(order)
+            for name in order:
+                seconds[name].append(clock(calls[name], repeats[name]) / repeats[name])
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Samples(seconds[name], repeats[name]) for name in calls}
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    lower, median, upper = np.percentile(seconds, (25, 50, 75))
+    return Spread(float(median), float(lower), float(upper))
+
+
+def ratio(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> Ratio:
+    """How many times faster `candidate` is than `baseline`: both are samples of the same rounds, in order."""
+    baseline, candidate = np.asarray(baseline), np.asarray(candidate)
+    ratios = baseline / candidate
+    picks = np.random.default_rng(seed).integers(0, len(ratios), (BOOTSTRAP_RESAMPLES, len(ratios)))
+    tail = 50 * (1 - CONFIDENCE)
+    lower, upper = np.percentile(np.median(ratios[picks], axis=1), (tail, 100 - tail))
+    return Ratio(float(np.median(ratios)), float(lower), float(upper), float(np.median(candidate - baseline)))

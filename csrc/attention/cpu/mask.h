@@ -1,0 +1,29 @@
+// Which keys a row may look at.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace nearpeak::attention {
+
+// A half-open range of keys.
+struct KeyRange {
+    int64_t begin, end;
+};
+
+// Keys that the query at `position` may look at: its own position counted from the end of the keys, the window
+// around it, and no more than there are.
+inline KeyRange allowed_keys(const Forward& p, int64_t position) {
+    const int64_t own = position + p.key_length - p.query_length;
+    const int64_t begin = std::clamp<int64_t>(own - p.window_left, 0, p.key_length);
+    const int64_t end = std::clamp<int64_t>(own + p.window_right + 1, 0, p.key_length);
+    return {begin, std::max(begin, end)};
+}
+
+// Keys that some row in [row_begin, row_end) may look at: both ends of the window only move forward.
+inline KeyRange allowed_keys(const Forward& p, int64_t row_begin, int64_t row_end) {
+    return {allowed_keys(p, row_begin / p.group()).begin, allowed_keys(p, (row_end - 1) / p.group()).end};
+}
+
+}  // namespace nearpeak::attention

@@ -1,0 +1,134 @@
+// The CPU kernel of the operator that kernels/nearpeak/attention/operator.py defines: cuts a call into tasks.
+
+#include <tuple>
+#include <vector>
+
+#include "../../cpu/scratch.h"
+#include "../../cpu/tensors.h"
+#include "kernels.h"
+#include "mask.h"
+
+namespace nearpeak::attention {
+namespace {
+
+const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
+
+// Up to this many rows the decode kernel is the faster one (Zen 3, float32 and bfloat16, 4096 x 128).
+constexpr int64_t kFewRows = 2 * kDecodeRows;
+// Fewest keys worth a task of their own, and tasks per thread that let uneven ones even out.
+constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
+// Rows of a prefill task: more share one packing of the keys and values, as long as they fit the second-level cache.
+constexpr int64_t kMinRows = 32, kMaxRows = 192, kRowElements = 192 * 128;
+
+Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Tasks of many rows, those with the most keys first, so that no thread is left alone with a long one.
+std::vector<Task> prefill_tasks(const Forward& p) {
+    const int64_t pairs = p.batch * p.key_heads;
+    const int64_t fitting = std::clamp(kRowElements / p.head_dim, kMinRows, kMaxRows);
+    const int64_t spread = divide_up(p.rows() * pairs, threads() * kTasksPerThread);
+    const int64_t rows = std::clamp(divide_up(spread, kMinRows) * kMinRows, kMinRows, fitting);
+    std::vector<Task> tasks;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        for (int64_t row = 0; row < p.rows(); row += rows) {
+            const int64_t end = std::min(row + rows, p.rows());
+            const KeyRange keys = allowed_keys(p, row, end);
+            tasks.push_back({pair / p.key_heads, pair % p.key_heads, row, end, keys.begin, keys.end});
+        }
+    }
+    std::stable_sort(tasks.begin(), tasks.end(),
+                     [](const Task& a, const Task& b) { return a.key_end - a.key_begin > b.key_end - b.key_begin; });
+    return tasks;
+}
+
+void run_prefill(const Forward& p, const Kernels& kernels) {
+    const std::vector<Task> tasks = prefill_tasks(p);
+    parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
+        const Task& task = tasks[index];
+        kernels.prefill(p, task, thread_scratch(kernels.prefill_scratch(p, task.row_end - task.row_begin)));
+    });
+}
+
+// Tasks of few rows, their keys split where there would be fewer tasks than the threads want.
+void run_decode(const Forward& p, const Kernels& kernels) {
+    const int64_t row_parts = divide_up(p.rows(), kDecodeRows);
+    const int64_t whole = p.batch * p.key_heads * row_parts;
+    const auto whole_task = [&](int64_t index) {
+        const int64_t part = index % row_parts, pair = index / row_parts;
+        const int64_t begin = part * kDecodeRows, end = std::min(begin + kDecodeRows, p.rows());
+        const KeyRange keys = allowed_keys(p, begin, end);
+        return Task{pair / p.key_heads, pair % p.key_heads, begin, end, keys.begin, keys.end};
+    };
+    const auto run_task = [&](const Task& task, float* partial) {
+        kernels.decode(p, task, thread_scratch(kernels.decode_scratch(p, task.row_end - task.row_begin)), partial);
+    };
+    const int64_t wanted = threads() == 1 ? 1 : divide_up(threads() * kTasksPerThread, whole);
+    const int64_t splits = std::clamp<int64_t>(p.key_length / kKeysPerSplit, 1, wanted);
+    if (splits == 1) {
+        parallel_tasks(whole, [&](int64_t index) { run_task(whole_task(index), nullptr); });
+        return;
+    }
+    const int64_t partial_stride = kDecodeRows * (p.head_dim + 2);
+    Tensor partials = empty_floats({whole, splits, partial_stride});
+    float* partials_data = static_cast<float*>(partials.mutable_data_ptr());
+    parallel_tasks(whole * splits, [&](int64_t index) {
+        Task task = whole_task(index / splits);
+        const int64_t split = index % splits, begin = task.key_begin, keys = task.key_end - begin;
+        task.key_begin = begin + keys * split / splits;
+        task.key_end = begin + keys * (split + 1) / splits;
+        run_task(task, partials_data + index * partial_stride);
+    });
+    parallel_tasks(whole, [&](int64_t index) {
+        kernels.merge(p, whole_task(index), partials_data + index * splits * partial_stride, splits, partial_stride);
+    });
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                                     double scale, std::optional<double> softcap) {
+    constexpr int64_t kOpen = int64_t{1} << 60;
+    Tensor out = empty_laid_out_like(query);
+    Tensor lse = empty_floats({query.size(0), query.size(1), query.size(2)});
+    Forward p{};
+    p.query = query.const_data_ptr();
+    p.key = key.const_data_ptr();
+    p.value = value.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.query_strides = strides_of(query);
+    p.key_strides = strides_of(key);
+    p.value_strides = strides_of(value);
+    p.out_strides = strides_of(out);
+    p.batch = query.size(0);
+    p.heads = query.size(1);
+    p.query_length = query.size(2);
+    p.head_dim = query.size(3);
+    p.key_heads = key.size(1);
+    p.key_length = key.size(2);
+    p.scale = static_cast<float>(scale);
+    p.softcap = static_cast<float>(softcap.value_or(0.0));
+    p.window_left = window_left ? std::clamp(*window_left, -kOpen, kOpen) : kOpen;
+    p.window_right = window_right ? std::clamp(*window_right, -kOpen, kOpen) : kOpen;
+    p.dtype = dtype_of(query);
+    if (p.batch * p.heads * p.query_length == 0) return {out, lse};
+    const Kernels& kernels = *kKernels[selected_isa()];
+    if (p.rows() <= kFewRows) {
+        run_decode(p, kernels);
+    } else {
+        run_prefill(p, kernels);
+    }
+    return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
+    library.impl("attention", TORCH_BOX(&attention));
+    library.impl("attention_inference", TORCH_BOX(&attention));
+}
+
+}  // namespace nearpeak::attention

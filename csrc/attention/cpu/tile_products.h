@@ -1,0 +1,213 @@
+// The two matrix products of a prefill block in bfloat16, with matrix units.
+//
+//     scores^T = key query^T     (keys x panel)       left: keys as they are, right: pairs of query^T
+//     out^T   += value^T weights (head_dim x panel)   left: value^T, packed once per block, right: pairs of weights
+//
+// A panel is 32 queries, two tiles; keys and dimensions also go in twos of tiles, so that each factor that is loaded
+// serves two products.
+#pragma once
+
+#include "../../cpu/tiles.h"
+
+#ifdef NEARPEAK_HAS_TILES
+#include <algorithm>
+
+#include "memory.h"
+#include "panel.h"
+
+namespace nearpeak::attention::NEARPEAK_ISA {
+
+class TileProducts {
+  public:
+    // Keys per block: the weights of a panel in both types fill 48 KiB, all of a Sapphire Rapids first-level cache; out
+    // is loaded and stored once per block.
+    static constexpr int64_t kBlock = 256;
+    // Scaling queries would round them once more.
+    static constexpr bool kScoresAreScaled = false;
+
+    TileProducts(const Forward& parameters, const Task& this_task, Arena& arena) : p(parameters), task(this_task) {
+        query = arena.take<bfloat16>(panels_of(task) * kPanel * padded_dim(p));
+        key = arena.take<bfloat16>((kBlock + kStep) * padded_dim(p));
+        value = arena.take<bfloat16>(kBlock * padded_dim(p));
+        pairs = arena.take<bfloat16>(kBlock * kPanel);
+        static_assert(kPanel == kStep && kPanelVectors == 2 && kBlock % kStep == 0);
+    }
+
+    static int64_t out_rows(const Forward& p) { return padded_dim(p); }
+
+    // Per half panel and kTileDepth dimensions, a right factor: pairs (d, d + 1) x 16 queries.
+    void load_queries(int64_t panel) {
+        for (int half = 0; half < kPanelVectors; ++half) {
+            const QueryLanes<bfloat16> rows(p, task, PanelRows(task, panel), half);
+            for (int64_t d = 0; d < padded_dim(p); d += kTileDepth) {
+                Float block[kLanes];
+                for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_pairs(rows.lanes[lane], d);
+                transpose(block);
+                float* to = reinterpret_cast<float*>(query_factor(panel, half, d));
+                for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);
+            }
+        }
+    }
+
+    void load_block(int64_t begin, int64_t end) {
+        block_begin = begin;
+        block_keys = end - begin;
+        copy_keys();
+        pack_values();
+    }
+
+    // scores[key][query] of keys [begin, end) of the block's keys, unscaled; whole steps of keys are written.
+    void score(int64_t panel, int64_t begin, int64_t end, float* scores) {
+        const int64_t stride = padded_dim(p);
+        const bfloat16* rows = key + (begin - block_begin) * stride;
+        finish_stores();
+        for (int64_t k = 0; k < end - begin; k += kStep, rows += kStep * stride, scores += kStep * kPanel) {
+            zero_sums<0, 0>();
+            zero_sums<0, 1>();
+            zero_sums<1, 0>();
+            zero_sums<1, 1>();
+            for (int64_t d = 0; d < stride; d += kTileDepth) {
+                load_left<0>(rows + d, stride * 2);
+                load_left<1>(rows + kTileRows * stride + d, stride * 2);
+                load_right<0>(query_factor(panel, 0, d), kRowBytes);
+                load_right<1>(query_factor(panel, 1, d), kRowBytes);
+                multiply_all_tiles();
+            }
+            store_all_sums(scores);
+        }
+    }
+
+    // out = out * decay + value^T weights over keys [begin, end) of the block's keys.
+    void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
+        const int64_t first = (begin - block_begin) / kStep * kStep, last = end - block_begin;
+        pair_weights(begin - block_begin, last, weights);
+        scale(decay, out);
+        finish_stores();
+        for (int64_t d = 0; d < padded_dim(p); d += kStep) {
+            float* sums = out + d * kPanel;
+            load_all_sums(sums);
+            for (int64_t k = first; k < last; k += kStep) {
+                load_left<0>(value_factor(d, k), kRowBytes);
+                load_left<1>(value_factor(d + kTileRows, k), kRowBytes);
+                load_right<0>(weight_factor(0, k), kRowBytes);
+                load_right<1>(weight_factor(1, k), kRowBytes);
+                multiply_all_tiles();
+            }
+            store_all_sums(sums);
+        }
+    }
+
+  private:
+    static constexpr int64_t kStep = 2 * kTileRows;  // of keys, and of dimensions
+    static constexpr int64_t kRowBytes = 64;
+    static constexpr int64_t kFactor = kTileRows * kTileDepth;  // elements of a factor
+
+    const Forward& p;
+    const Task& task;
+    TileUnit unit;
+    bfloat16 *query, *key, *value, *pairs;
+    int64_t block_begin = 0, block_keys = 0;
+
+    static int64_t padded_dim(const Forward& p) { return (p.head_dim + kTileDepth - 1) / kTileDepth * kTileDepth; }
+
+    bfloat16* query_factor(int64_t panel, int half, int64_t d) const {
+        return query + ((panel * kPanelVectors + half) * (padded_dim(p) / kTileDepth) + d / kTileDepth) * kFactor;
+    }
+    bfloat16* value_factor(int64_t d, int64_t k) const {
+        return value + (d / kTileRows * (kBlock / kTileDepth) + k / kTileDepth) * kFactor;
+    }
+    bfloat16* weight_factor(int half, int64_t k) const {
+        return pairs + (half * (kBlock / kTileDepth) + k / kTileDepth) * kFactor;
+    }
+
+    static void load_all_sums(const float* from) {
+        load_sums<0, 0>(from, kPanel * 4);
+        load_sums<0, 1>(from + kLanes, kPanel * 4);
+        load_sums<1, 0>(from + kTileRows * kPanel, kPanel * 4);
+        load_sums<1, 1>(from + kTileRows * kPanel + kLanes, kPanel * 4);
+    }
+    static void store_all_sums(float* to) {
+        store_sums<0, 0>(to, kPanel * 4);
+        store_sums<0, 1>(to + kLanes, kPanel * 4);
+        store_sums<1, 0>(to + kTileRows * kPanel, kPanel * 4);
+        store_sums<1, 1>(to + kTileRows * kPanel + kLanes, kPanel * 4);
+    }
+
+    // Elements d .. d + 31 of a row as they lie, zeros past its end.
+    Float load_pairs(const bfloat16* row, int64_t d) const {
+        Float value = {};
+        if (row && d < p.head_dim) {
+            std::memcpy(&value, row + d, std::min<int64_t>(kTileDepth, p.head_dim - d) * sizeof(bfloat16));
+        }
+        return value;
+    }
+
+    // Rows of padded_dim elements, zeros past head_dim and past the last key.
+    void copy_keys() {
+        const bfloat16* from = key_rows<bfloat16>(p, task) + block_begin * p.key_strides.position;
+        const int64_t stride = padded_dim(p);
+        for (int64_t k = 0; k < block_keys; ++k) {
+            for (int64_t d = 0; d < stride; d += kTileDepth) {
+                store(reinterpret_cast<float*>(key + k * stride + d), load_pairs(from + k * p.key_strides.position, d));
+            }
+        }
+        std::memset(key + block_keys * stride, 0, kStep * stride * sizeof(bfloat16));
+    }
+
+    // value^T: per 16 dimensions and 32 keys a left factor, from a transposition of pairs of keys.
+    void pack_values() {
+        const bfloat16* from = value_rows<bfloat16>(p, task) + block_begin * p.value_strides.position;
+        for (int64_t k = 0; k < block_keys; k += kTileDepth) {
+            for (int64_t d = 0; d < padded_dim(p); d += kTileRows) {
+                Float block[kLanes];
+                for (int64_t row = 0; row < kLanes; ++row) {
+                    const int64_t first = k + 2 * row;
+                    block[row] = pair(value_bits(from, first, d), value_bits(from, first + 1, d));
+                }
+                transpose(block);
+                float* to = reinterpret_cast<float*>(value_factor(d, k));
+                for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);
+            }
+        }
+    }
+
+    Short value_bits(const bfloat16* from, int64_t k, int64_t d) const {
+        Short bits = {};
+        if (k < block_keys && d < p.head_dim) {
+            std::memcpy(&bits, from + k * p.value_strides.position + d,
+                        std::min<int64_t>(kLanes, p.head_dim - d) * sizeof(bfloat16));
+        }
+        return bits;
+    }
+
+    // Weights of keys [begin, end) in bfloat16, in whole steps with zeros around them.
+    void pair_weights(int64_t begin, int64_t end, const float* weights) {
+        for (int half = 0; half < kPanelVectors; ++half) {
+            const auto bits_of = [&](int64_t k) {
+                if (k < begin || k >= end) return Short{};
+                return narrow_bfloat16(load(weights + (k - begin) * kPanel + half * kLanes));
+            };
+            for (int64_t k = begin / kStep * kStep; k < end; k += kStep) {
+                float* to = reinterpret_cast<float*>(weight_factor(half, k));
+                for (int row = 0; row < kTileRows; ++row) {
+                    store(to + row * kLanes, pair(bits_of(k + 2 * row), bits_of(k + 2 * row + 1)));
+                }
+            }
+        }
+    }
+
+    void scale(const Float (&decay)[kPanelVectors], float* out) const {
+        Float change = {};
+        for (const Float& each : decay) change += select(each == 1.0f, Float{}, broadcast(1.0f));
+        if (sum(change) == 0.0f) return;
+        for (int64_t i = 0; i < padded_dim(p) * kPanel; i += kPanel) {
+            for (int half = 0; half < kPanelVectors; ++half) {
+                float* at = out + i + half * kLanes;
+                store(at, load(at) * decay[half]);
+            }
+        }
+    }
+};
+
+}  // namespace nearpeak::attention::NEARPEAK_ISA
+#endif

@@ -1,0 +1,104 @@
+// Finds the instruction sets that this processor can run, chooses the best, and lets Python ask and override.
+
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace nearpeak {
+namespace {
+
+#define NEARPEAK_NAME_OF(isa) #isa,
+constexpr const char* kNames[] = {NEARPEAK_ISAS(NEARPEAK_NAME_OF)};
+constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
+
+#if defined(__x86_64__)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// Tiles need the operating system's permission, process by process: their 8 KiB of state are saved only if asked.
+bool has_amx() {
+    unsigned eax, ebx, ecx, edx;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24;
+    if (!(edx & kAmxBfloat16) || !(edx & kAmxTile)) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & (1u << 5))) return false;  // AVX512_BF16
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool supported(const char* name) {
+    if (std::strcmp(name, "portable") == 0) return true;
+    if (std::strcmp(name, "avx512") == 0) return has_avx512();
+    if (std::strcmp(name, "amx") == 0) return has_amx();
+    return has_avx2();  // avx2, and the wide instruction sets' sources compiled for it
+}
+#else
+bool supported(const char* name) { return std::strcmp(name, "portable") == 0; }
+#endif
+
+int best() {
+    int position = 0;
+    for (int isa = 0; isa < kCount; ++isa) {
+        if (supported(kNames[isa])) position = isa;
+    }
+    return position;
+}
+
+std::atomic<int>& selection() {
+    static std::atomic<int> position{best()};
+    return position;
+}
+
+std::string join(bool only_supported) {
+    std::string text;
+    for (const char* name : kNames) {
+        if (!only_supported || supported(name)) text += std::string(text.empty() ? "" : " ") + name;
+    }
+    return text;
+}
+
+}  // namespace
+
+int selected_isa() { return selection().load(std::memory_order_relaxed); }
+
+}  // namespace nearpeak
+
+extern "C" {
+
+__attribute__((visibility("default"))) const char* nearpeak_isa() { return nearpeak::kNames[nearpeak::selected_isa()]; }
+
+__attribute__((visibility("default"))) const char* nearpeak_isas_built() {
+    static const std::string text = nearpeak::join(false);
+    return text.c_str();
+}
+
+__attribute__((visibility("default"))) const char* nearpeak_isas_supported() {
+    static const std::string text = nearpeak::join(true);
+    return text.c_str();
+}
+
+// 0, or -1 where the name is unknown or this processor cannot run it.
+__attribute__((visibility("default"))) int nearpeak_select_isa(const char* name) {
+    for (int isa = 0; isa < nearpeak::kCount; ++isa) {
+        if (std::strcmp(nearpeak::kNames[isa], name) == 0 && nearpeak::supported(name)) {
+            nearpeak::selection().store(isa);
+            return 0;
+        }
+    }
+    return -1;
+}
+}

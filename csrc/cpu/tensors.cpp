@@ -1,0 +1,126 @@
+#include "tensors.h"
+
+#include <unistd.h>
+
+namespace nearpeak {
+namespace {
+
+// The outer dimensions (all but the last), outermost in memory first.
+std::array<int, kMaxDims> memory_order(const int64_t* strides, int dims) {
+    std::array<int, kMaxDims> order{};
+    for (int dim = 0; dim < dims; ++dim) order[dim] = dim;
+    // Sorted by insertion: std::stable_sort allocates.
+    for (int dim = 1; dim < dims - 1; ++dim) {
+        for (int at = dim; at > 0 && strides[order[at]] > strides[order[at - 1]]; --at) {
+            std::swap(order[at], order[at - 1]);
+        }
+    }
+    return order;
+}
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int dims, int32_t dtype) {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    return Tensor(handle);
+}
+
+Tensor empty_contiguous(std::initializer_list<int64_t> sizes, int32_t dtype) {
+    const int dims = static_cast<int>(sizes.size());
+    int64_t strides[kMaxDims], stride = 1;
+    for (int dim = dims - 1; dim >= 0; --dim) {
+        strides[dim] = stride;
+        stride *= std::max<int64_t>(1, sizes.begin()[dim]);
+    }
+    return empty_strided(sizes.begin(), strides, dims, dtype);
+}
+
+// The rows of `tensor` with its outer dimensions taken in `order`; nothing where they need more than two strides.
+std::optional<Rows> find_rows(const Tensor& tensor, const std::array<int, kMaxDims>& order, int dims) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
+    // Collapse from the innermost outwards into runs of one stride each.
+    int64_t run_size[2] = {1, 1}, run_stride[2] = {0, 0};
+    int runs = 0;
+    for (int position = dims - 2; position >= 0; --position) {
+        const int64_t size = sizes[order[position]], stride = strides[order[position]];
+        if (size == 1) continue;
+        if (runs > 0 && stride == run_stride[runs - 1] * run_size[runs - 1]) {
+            run_size[runs - 1] *= size;
+            continue;
+        }
+        if (runs == 2) return std::nullopt;
+        run_size[runs] = size;
+        run_stride[runs++] = stride;
+    }
+    return Rows{std::max<int64_t>(1, run_size[0]), run_stride[1], run_stride[0]};
+}
+
+}  // namespace
+
+Dtype dtype_of(const Tensor& tensor) {
+    using torch::headeronly::ScalarType;
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::float32;
+        case ScalarType::BFloat16:
+            return Dtype::bfloat16;
+        case ScalarType::Half:
+            return Dtype::float16;
+        default:
+            STD_TORCH_CHECK(false, "nearpeak's CPU kernels serve float32, bfloat16 and float16 only");
+    }
+}
+
+Tensor empty_laid_out_like(const Tensor& like) { return empty_laid_out_like(like, like.sizes().data()); }
+
+Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes) {
+    const int dims = static_cast<int>(like.dim());
+    STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims, "nearpeak serves tensors of 1 to 16 dimensions");
+    const auto order = memory_order(like.strides().data(), dims);
+    int64_t strides[kMaxDims], stride = 1;
+    for (int position = dims - 1; position >= 0; --position) {
+        strides[order[position]] = stride;
+        stride *= std::max<int64_t>(1, sizes[order[position]]);
+    }
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    return empty_strided(sizes, strides, dims, dtype);
+}
+
+Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes) {
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    return empty_contiguous(sizes, dtype);
+}
+
+Tensor empty_floats(std::initializer_list<int64_t> sizes) {
+    return empty_contiguous(sizes, aoti_torch_dtype_float32());
+}
+
+Tensor made_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+RowsOf::RowsOf(const Tensor& any, const Tensor& order_of) : tensor(any) {
+    const int dims = static_cast<int>(any.dim());
+    const auto order = memory_order(order_of.strides().data(), dims);
+    auto found = find_rows(tensor, order, dims);
+    if (!found) {
+        tensor = empty_laid_out_like(order_of);
+        torch::stable::copy_(tensor, any);
+        found = find_rows(tensor, order, dims);
+    }
+    rows = *found;
+}
+
+int64_t past_cache_bytes() {
+    static const int64_t bytes = [] {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+        const int64_t last_cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+        if (last_cache > 0) return last_cache / 2;
+#endif
+        return int64_t{16} << 20;
+    }();
+    return bytes;
+}
+
+}  // namespace nearpeak

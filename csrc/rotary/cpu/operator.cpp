@@ -1,0 +1,81 @@
+// The CPU kernels of the operators that kernels/nearpeak/rotary/operator.py defines.
+
+#include <tuple>
+
+#include "../../cpu/tensors.h"
+#include "kernels.h"
+
+namespace nearpeak::rotary {
+namespace {
+
+const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
+
+// A task is a run of positions of one batch entry: enough that cos and sin stay in the first-level cache while the
+// heads pass, and that a task is worth a thread (waking one costs about 5 us, the time of 16384 elements).
+constexpr int64_t kPositions = 16, kElementsPerTask = 16384;
+
+Heads heads_of(const Tensor& from, const Tensor& to) {
+    Heads x{};
+    x.from = from.const_data_ptr();
+    x.to = to.mutable_data_ptr();
+    x.heads = from.size(1);
+    x.from_batch = from.stride(0);
+    x.from_head = from.stride(1);
+    x.from_position = from.stride(2);
+    x.to_batch = to.stride(0);
+    x.to_head = to.stride(1);
+    x.to_position = to.stride(2);
+    return x;
+}
+
+void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
+         const Tensor& query_out, const Tensor& key_out) {
+    const int64_t batch = query.size(0), sequence = query.size(2), head_dim = query.size(3);
+    const int64_t per_position = (query.size(1) + key.size(1)) * head_dim;
+    if (batch * sequence * per_position == 0) return;
+    Rotation p{};
+    p.query = heads_of(query, query_out);
+    p.key = heads_of(key, key_out);
+    p.cos = cos.const_data_ptr();
+    p.sin = sin.const_data_ptr();
+    p.cos_batch = cos.size(0) == 1 ? 0 : cos.stride(0);
+    p.cos_position = cos.stride(1);
+    p.sin_batch = sin.size(0) == 1 ? 0 : sin.stride(0);
+    p.sin_position = sin.stride(1);
+    p.head_dim = head_dim;
+    p.interleaved = interleaved;
+    p.inverse = inverse;
+    p.dtype = dtype_of(query);
+    p.table_dtype = dtype_of(cos);
+    const int64_t positions = std::max(kPositions, kElementsPerTask / per_position);
+    const int64_t runs = (sequence + positions - 1) / positions;
+    const Kernels* kernels = kKernels[selected_isa()];
+    torch::stable::parallel_for(0, batch * runs, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task % runs * positions;
+            kernels->rotate(p, task / runs, first, std::min(first + positions, sequence));
+        }
+    });
+}
+
+std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                        bool interleaved, bool inverse) {
+    Tensor query_out = empty_laid_out_like(query), key_out = empty_laid_out_like(key);
+    run(query, key, cos, sin, interleaved, inverse, query_out, key_out);
+    return {query_out, key_out};
+}
+
+void apply_rotary_inplace(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin, bool interleaved,
+                          bool inverse) {
+    run(query, key, cos, sin, interleaved, inverse, query, key);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
+    library.impl("apply_rotary", TORCH_BOX(&apply_rotary));
+    library.impl("apply_rotary_inference", TORCH_BOX(&apply_rotary));
+    library.impl("apply_rotary_", TORCH_BOX(&apply_rotary_inplace));
+}
+
+}  // namespace nearpeak::rotary

@@ -1,0 +1,26 @@
+"""nearpeak: fused Transformer kernels for PyTorch, with the same numbers as the plain layers."""
+
+from . import nn
+from .attention import attention, scaled_dot_product_attention
+from .backends import use_backend, use_isa
+from .explain import explain
+from .norm import rms_norm
+from .patching import PatchReport, patch, patched, unpatch
+from .rotary import apply_rotary
+from .version import __version__
+
+__all__ = [
+    "PatchReport",
+    "__version__",
+    "apply_rotary",
+    "attention",
+    "explain",
+    "nn",
+    "patch",
+    "patched",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "unpatch",
+    "use_backend",
+    "use_isa",
+]

@@ -1,0 +1,147 @@
+"""The torch operators of attention, and its full public function.
+
+Backward is the reference's formula here: it recomputes the probabilities in plain PyTorch.
+"""
+
+import math
+
+import torch
+
+from .. import backends, operators
+from ..checks import check_dense_last, check_floating, check_same
+from . import reference
+
+if backends.missing("triton") is None:
+    from . import triton_attention as triton_kernels
+else:
+    triton_kernels = None
+
+MAX_HEAD_DIM = 256
+
+
+def _shapes(query, key, value, window_left, window_right, scale, softcap):
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return operators.empty_laid_out_like(query, value.shape[-1]), lse
+
+
+def _save_for_attention(ctx, inputs, output):
+    query, key, value, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(ctx, grad_out, grad_lse):
+    query, key, value, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    gradients = torch.ops.nearpeak.attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *ctx.options
+    )
+    return *gradients, None, None, None, None
+
+
+operators.define(
+    "attention(Tensor query, Tensor key, Tensor value, int? window_left, int? window_right, float scale, "
+    "float? softcap) -> (Tensor, Tensor)",
+    reference=reference.attention,
+    shapes=_shapes,
+    triton=triton_kernels and triton_kernels.attention,
+    backward=_attention_gradient,
+    setup_context=_save_for_attention,
+)
+operators.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, int? window_left, int? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
+    reference=reference.attention_backward,
+    shapes=lambda grad_out, grad_lse, query, key, value, *rest: tuple(
+        operators.empty_laid_out_like(t) for t in (query, key, value)
+    ),
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_attention = torch.ops.nearpeak.attention.default
+_attention_inference = torch.ops.nearpeak.attention_inference.default
+
+
+def _check(query, key, value):
+    check_floating("query", query)
+    check_same("key", key, "query", query, "dtype", "device")
+    check_same("value", value, "query", query, "dtype", "device")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(tensor.shape)}")
+        if tensor.stride(3) != 1:
+            check_dense_last(name, tensor)
+    batch, heads, _, head_dim = query.shape
+    key_shape = key.shape
+    key_batch, key_heads, _, key_dim = key_shape
+    if key_batch != batch or key_dim != head_dim:
+        raise ValueError(f"key must have query's batch {batch} and head_dim {head_dim}, not shape {tuple(key_shape)}")
+    if value.shape != key_shape:
+        raise ValueError(f"value must have key's shape {tuple(key_shape)}, not {tuple(value.shape)}")
+    if key_heads == 0 and heads > 0 or key_heads > 0 and heads % key_heads:
+        raise ValueError(f"key must have a number of heads that divides query's {heads}, not {key_heads}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, not {head_dim}")
+
+
+def _check_options(window, softcap):
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window must be a pair (left, right) of integers or None, not {window!r}")
+    for side in window:
+        if side is not None and not isinstance(side, (int, torch.SymInt)):
+            raise ValueError(f"window must be a pair (left, right) of integers or None, not {window!r}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
+
+
+def attention(
+    query, key, value, *, causal=False, window=(None, None), scale=None, softcap=None, return_lse=False
+):
+    """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
+
+        scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)
+        out    = exp(scores - lse) value,   lse = log(sum(exp(scores)))
+
+    Row i of query stands at position p = i + (key length - query length), so that the last query sees the last
+    key, as a KV cache needs. A row that may look at no key gives zeros and lse = -inf.
+
+    Args:
+        query: (batch, heads, query length, head_dim), float32, bfloat16, float16 or float64; head_dim 1..256; any
+            strides with a dense last dimension, and `out` is laid out in memory as query is.
+        key, value: (batch, key heads, key length, head_dim), query's dtype. key heads must divide query's heads
+            (grouped-query attention): query head h reads key head h // (heads / key heads).
+        causal: only keys at positions <= p.
+        window: (left, right), only keys at p - left .. p + right; None leaves a side open.
+        scale: None means 1 / sqrt(head_dim).
+        softcap: None for none.
+        return_lse: also return lse.
+
+    Returns:
+        out, query's shape and dtype; or with `return_lse` the pair (out, lse), lse being the natural logarithm in
+        float32 (float64 for float64), of shape (batch, heads, query length). Gradients flow through both.
+
+    Raises:
+        TypeError: a dtype that is not served. ValueError: a shape, device, stride or option that does not fit.
+
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; online softmax: Milakov and Gimelshein 2018,
+    https://arxiv.org/abs/1805.02867; tiling: Dao 2023, https://arxiv.org/abs/2307.08691.
+
+    >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 100, 64)
+    >>> out, lse = nearpeak.attention(query, key, key, causal=True, window=(64, None), return_lse=True)
+    """
+    _check(query, key, value)
+    _check_options(window, softcap)
+    left, right = window
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if backends.reference_serves(query):
+        serve = reference.attention
+    elif operators.wants_gradient(query, key, value):
+        serve = _attention
+    else:
+        serve = _attention_inference
+    out, lse = serve(query, key, value, left, right, scale, softcap)
+    return (out, lse) if return_lse else out

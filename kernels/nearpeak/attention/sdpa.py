@@ -1,0 +1,49 @@
+"""`scaled_dot_product_attention` with torch's signature and torch's meaning."""
+
+import torch
+
+from .. import backends
+from .operator import MAX_HEAD_DIM, attention
+
+
+def _why_torch_serves(query, key, value, attn_mask, dropout_p):
+    """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
+    if attn_mask is not None:
+        return "attn_mask is given, which the kernels do not read yet"
+    if dropout_p > 0.0:
+        return "dropout_p > 0, which the kernels do not apply yet"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return "query, key and value are not all four-dimensional"
+    if value.shape != key.shape:
+        return "value and key differ in shape"
+    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+        return f"head_dim is not 1..{MAX_HEAD_DIM}"
+    if any(t.stride(-1) != 1 for t in (query, key, value)):
+        return "a last dimension is not dense"
+    return None
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """`torch.nn.functional.scaled_dot_product_attention`: its signature, and its meaning to the letter.
+
+    `is_causal` aligns to the top left: query i sees keys 0..i. Calls with a mask, with dropout or in shapes that
+    the kernels do not serve go to PyTorch's own function, and `nearpeak.explain` says so.
+
+    >>> query = torch.randn(1, 8, 10, 64)
+    >>> out = nearpeak.scaled_dot_product_attention(query, query, query, is_causal=True)
+    """
+    why = _why_torch_serves(query, key, value, attn_mask, dropout_p)
+    same_heads = query.dim() == 4 and query.shape[1] == key.shape[1]
+    if why is None and not same_heads and not enable_gqa:
+        why = "query and key differ in heads without enable_gqa"
+    if why is not None:
+        backends.because(f"{why}: torch's scaled_dot_product_attention serves it")
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if not is_causal:
+        return attention(query, key, value, scale=scale)
+    # Top-left alignment in attention's bottom-right terms: query i sees keys up to i.
+    return attention(query, key, value, window=(None, query.shape[2] - key.shape[2]), scale=scale)

@@ -1,0 +1,231 @@
+"""The Triton kernel of attention's forward pass: one tile of query rows against the key blocks that it may look at.
+
+    s = query key^T                                          scores of a block, in units of log2 once times `factor`
+    m' = max(m, max(s) factor),  p = exp2(s factor - m')     running row maximum and unnormalised probabilities
+    l  = l exp2(m - m') + sum(p)                             acc = acc exp2(m - m') + p value
+    out = acc / l,  lse = ln(2) (m + log2(l))
+
+The rows of a tile are (position, head) pairs of one key head, position by position, so that the query heads that
+share a key head are multiplied together: nothing is expanded, and one decoded token still makes a tile of rows.
+Online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; tiling: Dao 2023,
+https://arxiv.org/abs/2307.08691.
+
+Letters: M query rows of a tile, N keys of a block, D head_dim padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    """To 3 units in the last place everywhere; exponentials alone lose small values to cancellation."""
+    size = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
+    u = x * x
+    # Least squares over Chebyshev nodes of [0, 0.625^2], relative error 1.4 units of float32.
+    series = -0.00610494 * u + 0.02100363
+    series = series * u - 0.0538525
+    series = series * u + 0.13332782
+    series = series * u - 0.33333329
+    return tl.where(size < 0.625, x + x * u * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _load(rows, columns, row_inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """A tile at rows + columns, zero outside; the masks that a full block of a full head_dim needs are none."""
+    if MASKED:
+        if HEAD_DIM < BLOCK_D:
+            return tl.load(rows + columns, mask=row_inside & (columns < HEAD_DIM), other=0.0)
+        return tl.load(rows + columns, mask=row_inside, other=0.0)
+    if HEAD_DIM < BLOCK_D:
+        return tl.load(rows + columns, mask=columns < HEAD_DIM, other=0.0)
+    return tl.load(rows + columns)
+
+
+@triton.jit
+def _attend(
+    state, q, key_ptr, value_ptr, key_step, value_step, begin, end, key_length, lowest, highest, factor, softcap,
+    OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Walk over the key blocks of begin..end. lowest, highest: [M, 1], the keys that each row may look at."""
+    acc, top, total = state  # [M, D], [M], [M]
+    column = tl.arange(0, BLOCK_D)
+    # Within a block 32 bits do, unless rows lie very far apart; the block's own place always takes 64.
+    offsets = tl.arange(0, BLOCK_N).to(OFFSET)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        inside = keys < key_length
+        k_rows = key_ptr + tl.cast(start, tl.int64) * key_step + (offsets * key_step.to(OFFSET))[None, :]
+        k = _load(k_rows, column[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
+        s = tl.dot(q, k, input_precision="ieee")  # [M, N]
+        if softcap is not None:
+            s = _tanh(s * factor) * (softcap * LOG2_E)
+            scores_factor = 1.0
+        else:
+            scores_factor = factor
+        if MASKED:
+            allowed = keys[None, :] <= highest
+            if HAS_LEFT:
+                allowed &= keys[None, :] >= lowest
+            s = tl.where(allowed, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1) * scores_factor)
+        shift = new_top
+        if MASKED:
+            # A row that has met no key yet: exp2(-inf - -inf) would be NaN.
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s * scores_factor - shift[:, None])
+        decay = tl.exp2(top - shift)
+        total = total * decay + tl.sum(p, axis=1)
+        v_rows = value_ptr + tl.cast(start, tl.int64) * value_step + (offsets * value_step.to(OFFSET))[:, None]
+        v = _load(v_rows, column[None, :], inside[:, None], HEAD_DIM, BLOCK_D, MASKED)  # [N, D]
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _share(begin, end, BLOCK_N: tl.constexpr):
+    """The part of begin..end, in whole blocks, that falls to this program of the split over keys."""
+    blocks = tl.cdiv(tl.maximum(end - begin, 0), tl.num_programs(1) * BLOCK_N)
+    first = begin + tl.program_id(1) * blocks * BLOCK_N
+    return first, tl.minimum(end, first + blocks * BLOCK_N)
+
+
+@triton.jit
+def _up(n, BLOCK_N: tl.constexpr):
+    return tl.cdiv(n, BLOCK_N) * BLOCK_N
+
+
+@triton.jit
+def _rows(tile, total, BLOCK_M: tl.constexpr):
+    """The rows of a tile, counted anew from the state between the loops.
+
+    `total` is never negative, which the compiler cannot know: so it counts again, where it would carry the rows and
+    the addresses made of them through the loops, in registers that the loops have to spill (8 words on sm_80).
+    """
+    return tile * BLOCK_M + tl.arange(0, BLOCK_M) + (total < 0.0).to(tl.int32)
+
+
+@triton.jit
+def _highest(row, shift, key_length, window_right, HAS_RIGHT: tl.constexpr, GROUP: tl.constexpr):
+    """The last key that each row may look at, [M, 1]."""
+    highest = tl.zeros_like(row) + (key_length - 1)
+    if HAS_RIGHT:
+        highest = tl.minimum(highest, row // GROUP + shift + window_right)
+    return highest[:, None]
+
+
+@triton.jit
+def _attend_window(
+    state, q, key_ptr, value_ptr, key_step, value_step, tile, query_length, key_length, window_left, window_right,
+    factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The key blocks that the window opens to the tile's rows: masked at its left edge, whole, masked at its right."""
+    shift = key_length - query_length
+    first = tile * BLOCK_M // GROUP + shift
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, query_length - 1) + shift
+    begin, whole = 0, 0
+    if HAS_LEFT:
+        begin = tl.maximum(first - window_left, 0) // BLOCK_N * BLOCK_N
+        whole = _up(tl.maximum(last - window_left, 0), BLOCK_N)
+    end, whole_end = key_length, key_length
+    if HAS_RIGHT:
+        end = tl.minimum(end, last + window_right + 1)
+        whole_end = tl.maximum(tl.minimum(whole_end, first + window_right + 1), 0)
+    begin, end = _share(begin, end, BLOCK_N)
+    whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(begin, end))
+    whole_end = tl.minimum(tl.maximum(whole_end // BLOCK_N * BLOCK_N, whole), tl.maximum(whole, end))
+    if HAS_LEFT:
+        row = _rows(tile, state[2], BLOCK_M)
+        state = _attend(
+            state, q, key_ptr, value_ptr, key_step, value_step, begin, whole, key_length,
+            (row // GROUP + shift - window_left)[:, None],
+            _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),
+            factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
+    state = _attend(
+        state, q, key_ptr, value_ptr, key_step, value_step, whole, whole_end, key_length, None, None,
+        factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, BLOCK_D, BLOCK_N, False,
+    )  # fmt: skip
+    row = _rows(tile, state[2], BLOCK_M)
+    return _attend(
+        state, q, key_ptr, value_ptr, key_step, value_step, whole_end, end, key_length,
+        (row // GROUP + shift - window_left)[:, None],
+        _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),
+        factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, BLOCK_D, BLOCK_N, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _addresses(pointer, row, batch, key_head, batch_stride, head_stride, step, VECTOR: tl.constexpr, GROUP: tl.constexpr):
+    """Where each row begins: row r is head r % GROUP of the key head, at position r // GROUP. [M, 1]"""
+    head = (key_head * GROUP + row % GROUP).to(tl.int64)
+    index = (row // GROUP).to(tl.int64)
+    start = pointer + batch.to(tl.int64) * batch_stride * VECTOR
+    return (start + head * head_stride * VECTOR + index * step * VECTOR)[:, None]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_length", "key_length", "key_heads", "window_left", "window_right", "factor", "softcap",
+        "query_batch", "query_head", "query_step", "key_batch", "key_head", "key_step",
+        "value_batch", "value_head", "value_step", "out_split", "out_batch", "out_head", "out_step",
+    ]
+)  # fmt: skip
+def attend(
+    query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr,
+    query_length, key_length, key_heads, window_left, window_right, factor, softcap,
+    query_batch, query_head, query_step,  # strides from here on, in vectors
+    key_batch, key_head, key_step,
+    value_batch, value_head, value_step,
+    out_split, out_batch, out_head, out_step,
+    OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, NEGATIVE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one tile of rows over this program's share of the keys (axis 1 of the grid splits them)."""
+    tiles = tl.cdiv(query_length * GROUP, BLOCK_M)
+    batch, chosen = tl.program_id(0) // tiles // key_heads, tl.program_id(0) // tiles % key_heads
+    tile = tl.program_id(0) % tiles
+    if HAS_RIGHT:
+        tile = tiles - 1 - tile  # longest rows first, so that short ones fill the end
+    state = (
+        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    q_rows = _addresses(query_ptr, row, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
+    q = _load(q_rows, column, (row < query_length * GROUP)[:, None], HEAD_DIM, BLOCK_D, True)  # [M, D]
+    if NEGATIVE:
+        # `factor` is positive, so that the largest product is the largest score; q takes the scale's sign, exactly.
+        q = (-q.to(tl.float32)).to(q.dtype)
+    acc, top, total = _attend_window(
+        state, q,
+        key_ptr + batch.to(tl.int64) * key_batch * VECTOR + chosen.to(tl.int64) * key_head * VECTOR,
+        value_ptr + batch.to(tl.int64) * value_batch * VECTOR + chosen.to(tl.int64) * value_head * VECTOR,
+        key_step.to(tl.int64) * VECTOR, value_step.to(tl.int64) * VECTOR,
+        tile, query_length, key_length, window_left, window_right, factor, softcap,
+        OFFSET, HAS_LEFT, HAS_RIGHT, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    row = _rows(tile, total, BLOCK_M)
+    inside = row < query_length * GROUP
+    split = tl.program_id(1).to(tl.int64)
+    out = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    out_rows = _addresses(
+        out_ptr + split * out_split * VECTOR, row, batch, chosen, out_batch, out_head, out_step, VECTOR, GROUP
+    )
+    tl.store(out_rows + column, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < HEAD_DIM))
+    heads = key_heads.to(tl.int64) * GROUP
+    batches = tl.num_programs(0) // tiles // key_heads
+    lse_rows = _addresses(
+        lse_ptr + split * batches * heads * query_length, row, batch, chosen, heads * query_length, query_length, 1, 1, GROUP
+    )
+    tl.store(lse_rows, ((top + tl.log2(total)) * LN_2)[:, None], mask=inside[:, None])

@@ -1,0 +1,73 @@
+"""Which tiles attention's Triton kernel takes on which GPU, and over how many programs keys are split.
+
+Chosen from the compiled machine code of each target, not from timings: the largest tiles that spill no register with
+any option and fit into shared memory. tests/test_triton_compile.py holds the table to that.
+"""
+
+from typing import NamedTuple
+
+import triton
+
+
+class Tile(NamedTuple):
+    rows: int  # (query position, head) pairs
+    keys: int
+    warps: int
+    stages: int  # key and value blocks in flight
+
+
+# Where products read their operands from shared memory (wgmma on sm_90, tcgen05 on sm_100), a thread keeps registers
+# for larger tiles; where they pass through registers (mma), blocks of keys must be smaller. Keys: bytes of an element,
+# then the widest head_dim.
+FROM_SHARED_MEMORY = {
+    2: {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+}
+THROUGH_REGISTERS = {
+    2: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 1)},
+}
+AMD = {
+    2: {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
+}
+# A left window adds a third loop, and its registers: these rows of THROUGH_REGISTERS would spill.
+THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}}
+
+# Few rows, as in decoding, whatever the GPU: the smallest tile that matrix instructions take.
+FEW_ROWS = 16
+FEW = {
+    2: {64: Tile(FEW_ROWS, 64, 4, 3), 128: Tile(FEW_ROWS, 64, 4, 3), 256: Tile(FEW_ROWS, 32, 4, 3)},
+    4: {64: Tile(FEW_ROWS, 32, 4, 3), 128: Tile(FEW_ROWS, 32, 4, 2), 256: Tile(FEW_ROWS, 16, 4, 2)},
+}
+
+
+def padded(head_dim: int) -> int:
+    """Elements that a row takes in a tile: a power of two that matrix instructions take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_sizes(rows: int, head_dim: int, itemsize: int, architecture: int | str, windowed: bool) -> Tile:
+    """What one program takes at once of `rows` (query position, head) pairs."""
+    width = max(64, padded(head_dim))
+    if rows <= FEW_ROWS:
+        return FEW[itemsize][width]
+    if isinstance(architecture, str):
+        return AMD[itemsize][width]
+    if 90 <= architecture < 120:
+        return FROM_SHARED_MEMORY[itemsize][width]
+    if windowed and width in THROUGH_REGISTERS_WINDOWED.get(itemsize, {}):
+        return THROUGH_REGISTERS_WINDOWED[itemsize][width]
+    return THROUGH_REGISTERS[itemsize][width]
+
+
+MOST_SPLITS = 64
+KEYS_A_SPLIT = 256  # fewer are not worth a merge
+PROGRAMS_A_PROCESSOR = 2  # that a split aims at
+
+
+def splits(programs: int, keys: int, processors: int) -> int:
+    """Programs that share the keys of one row tile: more than one where the tiles alone leave processors idle."""
+    if programs >= processors:
+        return 1
+    return max(1, min(PROGRAMS_A_PROCESSOR * processors // programs, keys // KEYS_A_SPLIT, MOST_SPLITS))

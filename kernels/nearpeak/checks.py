@@ -1,0 +1,38 @@
+"""Checks of arguments that several families need; each error names the argument, its value and what is allowed."""
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+
+
+def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, *properties: str) -> None:
+    """Check that `tensor` agrees with `other` in each of "shape", "dtype" and "device" that is given."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    for attribute in properties:
+        value, expected = getattr(tensor, attribute), getattr(other, attribute)
+        if value is not expected and value != expected:
+            error = TypeError if attribute == "dtype" else ValueError
+            value, expected = (tuple(v) if attribute == "shape" else v for v in (value, expected))
+            raise error(f"{name} must have {other_name}'s {attribute}, {expected}, not {value}")
+
+
+def check_dense_last(name: str, tensor: torch.Tensor) -> None:
+    """Check that elements of the last dimension are neighbours in memory."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
+        raise ValueError(
+            f"{name} must be dense in its last dimension (stride 1, not {tensor.stride(-1)}): "
+            f"call {name}.contiguous() first"
+        )
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")

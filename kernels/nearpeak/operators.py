@@ -1,0 +1,78 @@
+"""How every family defines its operators: once, in PyTorch's dispatcher.
+
+An operator that computes a gradient formula exists twice under one definition:
+
+    nearpeak::name             with the gradient formula; the door takes it where a gradient is wanted
+    nearpeak::name_inference   without; Python's gradient machinery costs 3 us a call even where no input needs
+                               a gradient, twice the cost of everything else in a small call
+
+Both run the same kernels. The C++ extension registers its kernels for the key CPU by itself as it loads.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from . import backends
+
+library = torch.library.Library("nearpeak", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    shapes: Callable,
+    triton: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Define one operator with everything PyTorch wants to know of it.
+
+    schema: the operator's signature in PyTorch's schema language, without the namespace
+    reference: the definition in plain PyTorch, which serves every device that has no kernel
+    shapes: makes empty outputs of the right shape, for torch.compile and torch.export
+    triton: launcher of the Triton kernel
+    backward, setup_context: the gradient formula, as torch.library.register_autograd takes them
+    """
+    name, signature = schema.split("(", 1)
+    names = [name] if backward is None else [name, f"{name}_inference"]
+    for each in names:
+        library.define(f"{each}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(each, reference, "CompositeExplicitAutograd")
+        if triton is not None and backends.missing("triton") is None:
+            library.impl(each, triton, "CPU" if backends.TRITON_INTERPRETED else "CUDA")
+        torch.library.register_fake(f"nearpeak::{each}", shapes, lib=library)
+    if backward is None:
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        return
+    library.impl(f"{name}_inference", torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_autograd(f"nearpeak::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def empty_laid_out_like(like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """An empty dense tensor of like's shape (the last dimension `width`, if given) and dtype.
+
+    Its outer dimensions lie in memory in the order of like's strides, largest outermost, its last is innermost: so
+    that heads transposed on the way in come out transposed, and the way back is free. The C++ kernels follow the same
+    rule (csrc/cpu/tensors.h).
+    """
+    *outer, last = like.shape
+    sizes = [*outer, last if width is None else width]
+    order = sorted(range(len(outer)), key=lambda dim: like.stride(dim), reverse=True)
+    strides, stride = [1] * len(sizes), 1
+    for dim in [len(outer), *reversed(order)]:
+        strides[dim] = stride
+        stride = stride * max(1, sizes[dim])
+    return torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def mark_written(*tensors: torch.Tensor | None) -> None:
+    """Tell autograd that a kernel wrote into these tensors, as PyTorch's own in-place operators do."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None])

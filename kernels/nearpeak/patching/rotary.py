@@ -1,0 +1,102 @@
+"""Rotary embedding inside attention modules that call a global function `apply_rotary_pos_emb`, as all of Hugging
+Face's do.
+
+Every model of an architecture looks up the same global, so replacing that would change all of them. Instead a
+served module's `forward` is its class's code over a copy of those globals, in which this one name means ours.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+
+import torch
+
+from .. import backends
+from ..rotary import apply_rotary
+from ..rotary.reference import apply_rotary as reference_apply_rotary
+from .classes import serving_subclass
+
+NAME = "apply_rotary_pos_emb"
+
+# Tells conventions apart, and is no measure of exactness: see norms.py.
+SAME_FORMULA = 1e-5
+
+
+@functools.cache
+def serving_class(base: type, original: Callable, interleaved: bool) -> type:
+    """The subclass of the attention class `base` whose forward turns query and key by `nearpeak.apply_rotary`."""
+    code = base.forward
+    names = {**code.__globals__, NAME: _replacement(original, interleaved)}
+    # torch.compile takes the globals of a function that has a __name__ for its module's, and guards on those.
+    names.pop("__name__", None)
+    forward = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
+    forward.__kwdefaults__ = code.__kwdefaults__
+    functools.update_wrapper(forward, code)
+    del forward.__wrapped__
+    return serving_subclass(base, forward, serving_class, (base, original, interleaved))
+
+
+def _replacement(original: Callable, interleaved: bool) -> Callable:
+    @functools.wraps(original)
+    def apply_rotary_pos_emb(q, k, cos, sin, *others, **named):
+        if others or named or not _fits(q, k, cos, sin):
+            backends.because(f"the call of {NAME} has a form that the kernels do not serve: {original.__module__} does")
+            return original(q, k, cos, sin, *others, **named)
+        return apply_rotary(q, k, cos, sin, interleaved=interleaved)
+
+    return apply_rotary_pos_emb
+
+
+def _fits(q, k, cos, sin) -> bool:
+    """Whether `nearpeak.apply_rotary` means the same as Hugging Face's function for these arguments."""
+    if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
+        return False
+    batch, _, sequence, head_dim = q.shape
+    return (
+        q.dtype is k.dtype is cos.dtype is sin.dtype
+        and k.shape[0] == batch
+        and k.shape[2:] == q.shape[2:]
+        and cos.shape[0] in (1, batch)
+        and cos.shape[1:] == (sequence, head_dim)
+        and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
+    )
+
+
+def calls_rotary(module: torch.nn.Module) -> bool:
+    """Whether the module's forward, or what it wraps, calls a global `apply_rotary_pos_emb`."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and NAME in code.co_names
+
+
+def original_of(module: torch.nn.Module) -> Callable | None:
+    """The function that the module's forward calls, where that forward can be rebuilt over other globals."""
+    forward = type(module).forward
+    if not isinstance(forward, types.FunctionType) or NAME not in forward.__code__.co_names:
+        return None
+    return forward.__globals__.get(NAME)
+
+
+@torch.no_grad()
+def interleaving_of(function: Callable) -> bool | None:
+    """Which elements `function` pairs: False for halves, True for neighbours, None if it is another function.
+
+    Tables are made as Hugging Face makes them for each convention: halves repeated, or elements repeated.
+    """
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, 8, generator=random, device="cpu") for heads in (2, 1))
+    angles = torch.rand(1, 3, 4, generator=random, device="cpu")
+    for interleaved in (False, True):
+        table = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+        expected = reference_apply_rotary(q, k, angles.cos(), angles.sin(), interleaved, False)
+        try:
+            q_turned, k_turned = function(q, k, table.cos(), table.sin())
+        except Exception:  # an unknown function may raise anything
+            return None
+        if _same(q_turned, expected[0]) and _same(k_turned, expected[1]):
+            return interleaved
+    return None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=SAME_FORMULA, atol=SAME_FORMULA)

@@ -1,0 +1,160 @@
+"""The torch operators of rotary position embedding, and its public function."""
+
+import torch
+
+from .. import backends, operators
+from ..checks import check_dense_last, check_floating, check_same
+from . import reference
+
+if backends.missing("triton") is None:
+    from . import triton_rotary as triton_kernels
+else:
+    triton_kernels = None
+
+
+def _save_for_rotary(ctx, inputs, output):
+    _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotary_gradient(ctx, grad_query, grad_key):
+    cos, sin = ctx.saved_tensors
+    d_query, d_key = torch.ops.nearpeak.apply_rotary(
+        _dense_last(grad_query), _dense_last(grad_key), cos, sin, ctx.interleaved, not ctx.inverse
+    )
+    return d_query, d_key, None, None, None, None
+
+
+def _dense_last(grad):
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+operators.define(
+    "apply_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+    "-> (Tensor, Tensor)",
+    reference=reference.apply_rotary,
+    shapes=lambda query, key, cos, sin, interleaved, inverse: (
+        operators.empty_laid_out_like(query),
+        operators.empty_laid_out_like(key),
+    ),
+    triton=triton_kernels and triton_kernels.apply_rotary,
+    backward=_rotary_gradient,
+    setup_context=_save_for_rotary,
+)
+operators.define(
+    "apply_rotary_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
+    reference=reference.apply_rotary_,
+    shapes=lambda query, key, cos, sin, interleaved, inverse: None,
+    triton=triton_kernels and triton_kernels.apply_rotary_,
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_apply_rotary = torch.ops.nearpeak.apply_rotary.default
+_apply_rotary_inference = torch.ops.nearpeak.apply_rotary_inference.default
+_apply_rotary_ = torch.ops.nearpeak.apply_rotary_.default
+
+
+def _check(query, key):
+    check_floating("query", query)
+    check_same("key", key, "query", query, "dtype", "device")
+    query_shape, key_shape = query.shape, key.shape
+    for name, shape in (("query", query_shape), ("key", key_shape)):
+        if len(shape) != 4:
+            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(shape)}")
+    batch, _, sequence, head_dim = query_shape
+    if key_shape[0] != batch or key_shape[2:] != query_shape[2:]:
+        raise ValueError(
+            f"key must have query's batch, sequence and head_dim, {(batch, sequence, head_dim)}, "
+            f"not shape {tuple(key_shape)}"
+        )
+    if head_dim == 0 or head_dim % 2:
+        raise ValueError(f"query must have an even head_dim of at least 2, not {head_dim}")
+    if query.stride(3) != 1 or key.stride(3) != 1:
+        check_dense_last("query", query)
+        check_dense_last("key", key)
+    return query_shape
+
+
+def _table(name, table, query, query_shape, interleaved):
+    """`table` as (batch or 1, sequence, at least head_dim / 2), of which the first head_dim / 2 columns are read."""
+    check_floating(name, table)
+    if table.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, not on {table.device}")
+    if table.dtype is not query.dtype and table.dtype is not torch.float32:
+        raise TypeError(f"{name} must be {query.dtype} as query, or float32, not {table.dtype}")
+    batch, _, sequence, head_dim = query_shape
+    if table.dim() == 2:
+        table = table.unsqueeze(0)
+    if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1] != sequence:
+        raise ValueError(
+            f"{name} must be (sequence, width) or (batch or 1, sequence, width) with sequence {sequence}, "
+            f"not shape {tuple(table.shape)}"
+        )
+    width = table.shape[2]
+    if width not in (head_dim // 2, head_dim):
+        raise ValueError(f"{name} must be head_dim / 2 = {head_dim // 2} or head_dim wide, not {width}")
+    if interleaved and width == head_dim:
+        return table[..., 0::2].contiguous()
+    if table.stride(2) != 1:
+        check_dense_last(name, table)
+    return table
+
+
+def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
+    """Rotary position embedding of query and key in one pass.
+
+        a' = a cos - b sin,   b' = b cos + a sin
+
+    for each pair (a, b) = (x[i], x[i + head_dim / 2]), or with `interleaved` (x[2i], x[2i + 1]).
+
+    Args:
+        query: (batch, query heads, sequence, head_dim), float32, bfloat16, float16 or float64; any strides with a
+            dense last dimension, and the results are laid out in memory as query and key are.
+        key: (batch, key heads, sequence, head_dim), query's dtype.
+        cos, sin: (sequence, head_dim / 2) or (batch or 1, sequence, head_dim / 2), float32 or query's dtype. Tables of
+            full width head_dim, as Hugging Face makes them, are taken to repeat themselves, and one half is read.
+        interleaved: which elements make a pair, see above.
+        inplace: write into query and key, and return them. Refused where autograd records the call.
+
+    Returns:
+        (query', key').
+
+    Raises:
+        TypeError: a dtype that is not served. ValueError: a shape, device or stride that does not fit, or `inplace`
+        where gradients are recorded.
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864.
+
+    >>> angles = torch.outer(torch.arange(10.0), 1e4 ** -(torch.arange(0, 64, 2) / 64))
+    >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 10, 64)
+    >>> query, key = nearpeak.apply_rotary(query, key, angles.cos(), angles.sin())
+    """
+    query_shape = _check(query, key)
+    cos = _table("cos", cos, query, query_shape, interleaved)
+    sin = _table("sin", sin, query, query_shape, interleaved)
+    check_same("sin", sin, "cos", cos, "shape", "dtype")
+    by_reference = backends.reference_serves(query)
+    if not by_reference and operators.wants_gradient(cos, sin):
+        by_reference = True
+        backends.because("cos or sin wants a gradient, which no kernel computes: the plain PyTorch reference serves it")
+    if inplace:
+        return _apply_rotary_inplace(query, key, cos, sin, interleaved, by_reference)
+    if by_reference:
+        return reference.apply_rotary(query, key, cos, sin, interleaved, False)
+    if operators.wants_gradient(query, key):
+        return _apply_rotary(query, key, cos, sin, interleaved, False)
+    return _apply_rotary_inference(query, key, cos, sin, interleaved, False)
+
+
+def _apply_rotary_inplace(query, key, cos, sin, interleaved, by_reference):
+    if operators.wants_gradient(query, key, cos, sin):
+        raise ValueError("inplace cannot be used where gradients are recorded: leave it out, or use torch.no_grad()")
+    for name, tensor in (("query", query), ("key", key)):
+        if 0 in [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]:
+            raise ValueError(f"{name} must not be expanded where inplace is given: call {name}.contiguous() first")
+    if key is query:
+        raise ValueError("key must be another tensor than query where inplace is given: it would be turned twice")
+    serve = reference.apply_rotary_ if by_reference else _apply_rotary_
+    serve(query, key, cos, sin, interleaved, False)
+    operators.mark_written(query, key)
+    return query, key

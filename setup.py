@@ -1,0 +1,131 @@
+"""Builds the C++ extension: the operators once, and every family's kernels once per instruction set.
+
+Each instruction set's kernels live in a namespace of its name and are chosen when the library loads, so one wheel runs
+on every processor of its architecture. Where there is no compiler the package is installed without the extension, and
+says so when asked (`nearpeak info`).
+
+Environment variables:
+    NEARPEAK_BUILD_EMULATED=1   also compile the AVX-512 and AMX sources for any AVX2 processor, to test them there
+    NEARPEAK_SANITIZE=address   build with a sanitizer: address, undefined, thread (comma-separated)
+    MAX_JOBS                    parallel compilations
+"""
+
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+
+from setuptools import setup
+
+ROOT = pathlib.Path(__file__).parent
+FAMILIES = ("attention", "norm", "peaks", "rotary")
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+# Simplest first: the last one that the processor can run is chosen. Emulated ones are never the last.
+INSTRUCTION_SETS = {
+    "portable": [],
+    "avx512_emulated": [*AVX2, "-DNEARPEAK_LANES=16"],
+    "amx_emulated": [*AVX2, "-DNEARPEAK_LANES=16", "-DNEARPEAK_EMULATE_TILES"],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "amx": AMX,
+}
+# The stable ABI of torch 2.10: what is built against any later torch runs with every one from 2.10 on.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# GCC 12 warns of its own AVX-512 headers, and of torch's.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
+
+
+def compiler():
+    return os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+
+
+def compiles(flags):
+    """Whether the compiler takes these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder, "empty.cpp")
+        source.write_text("int main() { return 0; }\n")
+        command = [compiler(), "-std=c++17", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def instruction_sets():
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return {"portable": []}
+    emulated = os.environ.get("NEARPEAK_BUILD_EMULATED") == "1"
+    return {
+        name: flags
+        for name, flags in INSTRUCTION_SETS.items()
+        if (emulated or not name.endswith("_emulated")) and compiles(flags)
+    }
+
+
+def sanitizers():
+    return os.environ.get("NEARPEAK_SANITIZE", "")
+
+
+def sanitizer_flags():
+    names = sanitizers()
+    return [f"-fsanitize={names}", "-fno-omit-frame-pointer", "-g1"] if names else []
+
+
+def extension_and_builder():
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    isas = instruction_sets()
+    flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += [*WARNINGS, TORCH_TARGET, "-DNEARPEAK_ISAS(X)=" + " ".join(f"X({name})" for name in isas), *sanitizer_flags()]
+    kernels = [str(ROOT / "csrc" / family / "cpu" / "kernels.cpp") for family in FAMILIES]
+
+    class Builder(BuildExtension):
+        """Compiles the kernels once per instruction set before the rest, each set into a folder of its own.
+
+        The folder outlives the build, also pip's, so that the next build compiles only what changed.
+        """
+
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}" / (sanitizers() or "plain"))
+
+        def build_extension(self, extension):
+            include_dirs = extension.include_dirs
+            for isa, isa_flags in isas.items():
+                extension.extra_objects += self.compiler.compile(
+                    kernels,
+                    output_dir=str(pathlib.Path(self.build_temp, isa)),
+                    include_dirs=include_dirs,
+                    extra_postargs={"cxx": [*flags, *isa_flags, f"-DNEARPEAK_ISA={isa}"]},
+                )
+            super().build_extension(extension)
+
+    sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    sources += [ROOT / "csrc" / family / "cpu" / "operator.cpp" for family in FAMILIES]
+    extension = CppExtension(
+        "nearpeak._native",
+        [os.path.relpath(source, ROOT) for source in sources],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=sanitizer_flags(),
+        py_limited_api=True,
+    )
+    return extension, Builder
+
+
+def build_arguments():
+    if compiler() is None:
+        print("nearpeak: no C++ compiler found (g++ or clang++): installing without the cpu backend", file=sys.stderr)
+        return {}
+    extension, builder = extension_and_builder()
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": builder.with_options(use_ninja=True)},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**build_arguments())

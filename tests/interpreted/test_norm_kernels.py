@@ -1,0 +1,84 @@
+"""The Triton kernels of RMSNorm, held to the rule that tests/test_norm.py holds every backend to."""
+
+import nearpeak
+import plain
+import pytest
+import test_norm as norm
+import torch
+from draws import assert_as_exact
+from inputs import DTYPES, every_second
+from nearpeak.norm import triton_rms_norm
+from test_norm import Case
+
+CASES = [
+    *(Case(rows=(17,), width=width, residual=residual) for width in (1, 7, 33, 64, 100) for residual in (False, True)),
+    *(Case(rows=rows, residual=True, offset=1.0) for rows in ((), (0,), (1,), (2, 0, 3), (2, 3, 5))),
+    *(Case(rows=(17,), weight=weight, residual=weight is None) for weight in (None, torch.float32)),
+    *(Case(rows=(40,), width=width) for width in (33, 64)),
+    *(Case(rows=(17,), magnitude=magnitude, residual=True) for magnitude in (1e-3, 1e3)),
+]
+
+
+@pytest.fixture(params=["whole rows", "rows in blocks"])
+def blocks(request, monkeypatch):
+    """Run the test with rows held in registers, and with rows too wide for that (here: wider than 32)."""
+    if request.param == "rows in blocks":
+        for name, value in (("WHOLE_ROW_FORWARD", 32), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 64)):
+            monkeypatch.setattr(triton_rms_norm, name, value)
+        monkeypatch.setattr(triton_rms_norm, "COLUMNS", triton_rms_norm.Tile(rows=8, block=64, warps=4))
+
+
+def judge(case, draws):
+    assert_as_exact(norm.results(case, draws), norm.standards_of(case, draws))
+
+
+@pytest.mark.parametrize("case", CASES, ids=norm.case_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_gradients_are_as_exact_as_plain(blocks, dtype, case):
+    # Rounding to 16 bits drowns what float32 sums do by chance; float32 itself takes more draws to judge.
+    seeds = range(0, 30, 10) if dtype is torch.float32 else (0,)
+    judge(case, [norm.inputs_of(case._replace(seed=seed), dtype) for seed in seeds])
+
+
+def test_a_row_too_wide_for_registers():
+    case = Case(rows=(2,), width=triton_rms_norm.WHOLE_ROW_FORWARD + 1)
+    judge(case, [norm.inputs_of(case, torch.float32)])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("extreme", norm.EXTREMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_plain_stays_finite_so_does_nearpeak(blocks, dtype, extreme):
+    norm.test_where_plain_stays_finite_so_does_nearpeak(None, dtype, extreme, eps=1e-6)
+
+
+@pytest.mark.parametrize("layout", norm.LAYOUTS)
+def test_layouts_of_inputs_and_gradients(blocks, layout):
+    strange = norm.LAYOUTS[layout]
+    case = Case(rows=(4, 5), width=67, residual=True)
+    (x, residual, weight), grads = norm.inputs_of(case, torch.bfloat16)
+    judge(case, [((strange(x), strange(residual), every_second(weight)), [strange(grad) for grad in grads])])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_is_written_whole_and_nothing_beside_it(blocks, dtype):
+    for width in (1, 67):
+        norm.test_out_is_written_whole_and_nothing_beside_it(None, width, dtype)
+
+
+@pytest.mark.parametrize("places", ["x,new", "new,x", "new,residual", "residual,new", "x,residual", "residual,x"])
+def test_out_may_be_the_inputs(blocks, places):
+    norm.test_out_may_be_the_inputs(None, 67, places)
+
+
+def test_the_weight_gradient_is_the_same_every_time(blocks):
+    case = Case(rows=(40,), width=33)
+    inputs, grads = norm.inputs_of(case, torch.float32)
+    first = plain.value_and_gradients(norm.served(case), inputs, grads)
+    second = plain.value_and_gradients(norm.served(case), inputs, grads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_rows_may_lie_further_apart_than_32_bits_count(blocks, far_apart):
+    x = far_apart((2, 33), torch.float16)
+    assert torch.equal(nearpeak.rms_norm(x), nearpeak.rms_norm(x.contiguous()))

@@ -1,0 +1,260 @@
+"""What `patch` replaces and leaves alone, that nothing else changes, and that it is undone exactly."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import nearpeak
+import pytest
+import torch
+from nearpeak.patching.model import RECORD
+from tiny_models import (
+    ARCHITECTURES,
+    DECODERS,
+    REPLACED,
+    SIZES,
+    Operators,
+    exactly,
+    judge,
+    logits_of,
+    make,
+    random_ids,
+    transformers,
+)
+
+
+def _snapshot(model):
+    """Class, attributes in order, and attributes of configurations, of every module."""
+    state = {}
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        held = [(key, id(value)) for key, value in vars(module).items()]
+        state[name] = (type(module), held, config and list(vars(config).items()))
+    return state
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_report_counts_what_was_replaced(name):
+    model = make(name)
+    report = nearpeak.patch(model)
+    assert {kind: report.count(kind) for kind in REPLACED[name]} == REPLACED[name]
+    assert any(entry.layer == "Linear" and "not served yet" in entry.detail for entry in report.left_alone)
+    assert nearpeak.patch(model) is report
+    assert "nearpeak.attention" in str(report)
+    assert report.__rich__().row_count == len(report.replaced) + len(report.left_alone)
+
+
+def test_bert_runs_its_layer_norms_unpatched_and_says_so():
+    report = nearpeak.patch(make("bert"))
+    assert any(entry.kind == "norm" and entry.layer == "LayerNorm" for entry in report.left_alone)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_unpatch_restores_every_module_and_configuration_exactly(name):
+    model = make(name)
+    before = _snapshot(model)
+    nearpeak.patch(model)
+    assert _snapshot(model) != before
+    nearpeak.unpatch(model)
+    assert _snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_patched_model_keeps_weights_names_classes_and_hooks(name):
+    model = make(name)
+    parameters = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    modules = {key: (id(module), type(module)) for key, module in model.named_modules()}
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: seen.append(id(module)))
+    logits_of(model, random_ids())
+    plain = seen.copy()
+    seen.clear()
+    with nearpeak.patched(model):
+        logits_of(model, random_ids())
+        assert {key: value.data_ptr() for key, value in model.state_dict().items()} == parameters
+        for key, module in model.named_modules():
+            assert id(module) == modules[key][0]
+            assert isinstance(module, modules[key][1])
+            assert repr(type(module)) == repr(modules[key][1])
+    assert seen == plain
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_models_are_untouched_even_with_the_same_configuration_object(name):
+    model = make(name)
+    other = type(model)(model.config).eval()
+    before, ids = _snapshot(other), random_ids()
+    logits = logits_of(other, ids)
+    with nearpeak.patched(model):
+        assert _snapshot(other) == before
+        with Operators() as operators:
+            assert torch.equal(logits_of(other, ids), logits)
+        assert operators.count("nearpeak::") == 0
+
+
+def test_a_model_that_leaves_its_window_to_the_mask_keeps_its_attention():
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, num_key_value_heads=2, num_experts=2, use_sliding_window=True, sliding_window=4, max_window_layers=0
+    )
+    report = nearpeak.patch(transformers.Qwen2MoeForCausalLM(config))
+    assert report.count("attention") == 0
+    assert any("sliding window" in entry.detail for entry in report.left_alone)
+    assert report.count("norm") == 5
+
+
+def test_the_name_can_be_asked_for_without_patching():
+    nearpeak.patching.register()
+    model = make("llama")
+    asked = transformers.LlamaForCausalLM._from_config(model.config, attn_implementation="nearpeak").eval()
+    asked.load_state_dict(model.state_dict())
+    ids = random_ids()
+    torch.testing.assert_close(logits_of(asked, ids), logits_of(model, ids))
+    assert "nearpeak::attention_inference" in _explained(asked, ids)
+
+
+def _explained(model, ids):
+    with torch.no_grad():
+        return nearpeak.explain(model, ids)
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
+def test_a_copy_of_a_patched_model_is_patched_and_can_be_unpatched_alone(copied):
+    model, ids = make("gemma3"), random_ids()
+    plain = logits_of(model, ids)
+    nearpeak.patch(model)
+    served = logits_of(model, ids)
+    twin = copied(model)
+    assert torch.equal(logits_of(twin, ids), served)
+    nearpeak.unpatch(twin)
+    assert torch.equal(logits_of(twin, ids), plain)
+    assert torch.equal(logits_of(model, ids), served)
+    assert "nearpeak::attention" in _explained(model, ids)
+
+
+def test_what_the_user_sets_while_patched_stays():
+    model = make("llama")
+    config = model.config
+    with nearpeak.patched(model):
+        model.config.use_cache = False
+    assert model.config is config
+    assert config.use_cache is False
+    assert config._attn_implementation == "sdpa"
+
+
+def test_patched_leaves_a_model_patched_that_was():
+    model = make("llama")
+    nearpeak.patch(model)
+    with nearpeak.patched(model):
+        pass
+    assert RECORD in vars(model)
+    nearpeak.unpatch(model)
+    with pytest.raises(ValueError, match="not patched"):
+        nearpeak.unpatch(model)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["inner first", "outer first"])
+def test_a_part_and_the_whole_are_patched_and_unpatched_each_for_itself(order):
+    model, ids = make("gemma3"), random_ids()
+    before, plain = _snapshot(model), logits_of(model, ids)
+    parts = [model.model.layers[0], model.model, model]
+    norms = [nearpeak.patch(part).count("norm") for part in parts]
+    assert norms == [6, REPLACED["gemma3"]["norm"] - 6, 0]
+    for part in parts[::order]:
+        nearpeak.unpatch(part)
+        torch.testing.assert_close(logits_of(model, ids), plain)
+    assert _snapshot(model) == before
+
+
+def test_unpatch_refuses_a_module_whose_class_was_changed_since():
+    model = make("llama")
+    nearpeak.patch(model)
+    norm = model.model.norm
+    served = type(norm)
+    norm.__class__ = type("FSDPLlamaRMSNorm", (served,), {})
+    with pytest.raises(RuntimeError, match="FSDPLlamaRMSNorm"):
+        nearpeak.unpatch(model)
+    norm.__class__ = served
+    nearpeak.unpatch(model)
+
+
+def test_nothing_to_replace_is_reported():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    report = nearpeak.patch(model)
+    assert report.replaced == ()
+    assert "nothing" in str(report)
+    with pytest.raises(ValueError, match="not patched"):
+        nearpeak.unpatch(model)
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        nearpeak.patch("model")
+
+
+class _ScaledRMSNorm(torch.nn.Module):
+    """Looks like RMSNorm, and divides by the mean magnitude."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(width)), 1e-6
+
+    def forward(self, x):
+        return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+@pytest.mark.parametrize(
+    ("norm", "served"),
+    [
+        (torch.nn.RMSNorm(12), True),
+        (torch.nn.RMSNorm(12, eps=1e-3), True),
+        (torch.nn.RMSNorm(12, elementwise_affine=False), True),
+        (torch.nn.RMSNorm((3, 12)), False),
+        (torch.nn.LayerNorm(12), False),
+        (torch.nn.LayerNorm(12, bias=False), False),
+        (_ScaledRMSNorm(12), False),
+        (transformers.models.t5.modeling_t5.T5LayerNorm(12), True),
+        (transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(12), True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_norms_are_recognised_by_what_they_compute(norm, served, serving):
+    model, x = torch.nn.Sequential(norm), torch.randn(2, 3, 12)
+    model.requires_grad_(False)
+    plain, exact = model(x), exactly(model, lambda model: model(x.double()))
+    with nearpeak.patched(model) as report:
+        assert report.count("norm") == served
+        judge(model(x), plain, exact)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_float32_norm_weights_give_bfloat16_inputs_the_dtype_that_the_class_gives(name):
+    norm = make(name).model.norm
+    x = torch.randn(2, 32, dtype=torch.bfloat16)
+    expected = norm(x)
+    with nearpeak.patched(norm):
+        assert norm(x).dtype is expected.dtype
+
+
+def test_an_instance_with_its_own_forward_is_left_alone():
+    norm = torch.nn.RMSNorm(8)
+    norm.forward = lambda x: x
+    report = nearpeak.patch(torch.nn.Sequential(norm))
+    assert report.replaced == ()
+    assert "on the instance" in report.left_alone[0].detail
+
+
+def test_interleaved_rotary_is_recognised(serving):
+    config = transformers.CohereConfig(**SIZES, num_key_value_heads=2)
+    model, ids = transformers.CohereForCausalLM(config).eval(), random_ids()
+    plain, exact = logits_of(model, ids), exactly(model, lambda model: logits_of(model, ids))
+    with nearpeak.patched(model) as report:
+        assert any(entry.kind == "rotary" and "interleaved" in entry.detail for entry in report.replaced)
+        judge(logits_of(model, ids), plain, exact)
+
+
+def test_importing_nearpeak_leaves_transformers_unimported():
+    code = "import nearpeak, sys, torch; nearpeak.patch(torch.nn.RMSNorm(4)); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
