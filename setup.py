@@ -65,6 +65,11 @@ def instruction_sets():
     }
 
 
+def isa_list(names):
+    """The definition of NEARPEAK_ISAS, by which csrc/cpu/isa.h declares and gathers the kernels of these sets."""
+    return "-DNEARPEAK_ISAS(X)=" + " ".join(f"X({name})" for name in names)
+
+
 def sanitizers():
     return os.environ.get("NEARPEAK_SANITIZE", "")
 
@@ -80,7 +85,7 @@ def extension_and_builder():
 
     isas = instruction_sets()
     flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    flags += [*WARNINGS, TORCH_TARGET, "-DNEARPEAK_ISAS(X)=" + " ".join(f"X({name})" for name in isas), *sanitizer_flags()]
+    flags += [*WARNINGS, TORCH_TARGET, *sanitizer_flags()]
     kernels = [str(ROOT / "csrc" / family / "cpu" / "kernels.cpp") for family in FAMILIES]
 
     class Builder(BuildExtension):
@@ -100,7 +105,7 @@ def extension_and_builder():
                     kernels,
                     output_dir=str(pathlib.Path(self.build_temp, isa)),
                     include_dirs=include_dirs,
-                    extra_postargs={"cxx": [*flags, *isa_flags, f"-DNEARPEAK_ISA={isa}"]},
+                    extra_postargs={"cxx": [*flags, *isa_flags, f"-DNEARPEAK_ISA={isa}", isa_list([isa])]},
                 )
             super().build_extension(extension)
 
@@ -109,7 +114,7 @@ def extension_and_builder():
     extension = CppExtension(
         "nearpeak._native",
         [os.path.relpath(source, ROOT) for source in sources],
-        extra_compile_args={"cxx": flags},
+        extra_compile_args={"cxx": [*flags, isa_list(isas)]},
         extra_link_args=sanitizer_flags(),
         py_limited_api=True,
     )

@@ -87,7 +87,9 @@ def standards_of(case, draws):
 
 
 def draws_of(case, dtype):
-    return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(DRAWS)]
+    """Few of the widest: torch's own backward takes half a second there."""
+    draws = range(DRAWS if case.width < 100_000 else 2)
+    return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in draws]
 
 
 @functools.lru_cache(maxsize=2)
@@ -280,7 +282,7 @@ BAD = {
     "weight_float16": (TypeError, "weight must be", lambda: nearpeak.rms_norm(X, WEIGHT.half())),
     "weight_short": (ValueError, "weight must have", lambda: nearpeak.rms_norm(X, WEIGHT[:7])),
     "weight_matrix": (ValueError, "weight must have", lambda: nearpeak.rms_norm(X, X)),
-    "weight_meta": (ValueError, "weight must have", lambda: nearpeak.rms_norm(X, WEIGHT.to("meta"))),
+    "weight_meta": (ValueError, "weight must", lambda: nearpeak.rms_norm(X, WEIGHT.to("meta"))),
     "residual_list": (TypeError, "residual must be", lambda: nearpeak.rms_norm(X, residual=[1.0])),
     "residual_shape": (ValueError, "residual must have", lambda: nearpeak.rms_norm(X, residual=X[:1])),
     "residual_dtype": (TypeError, "residual must have", lambda: nearpeak.rms_norm(X, residual=X.half())),

@@ -133,6 +133,7 @@ def test_compiled_with_growing_lengths_stays_right():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     model, ids = make(name).train(), random_ids()
@@ -185,8 +186,11 @@ def test_softcap_is_served_and_survives_padding(padded, serving):
         return torch.cat([logits_of(model, row, position_ids=position)[0] for row, position in rows])
 
     exact = exactly(model, each_alone)
-    with nearpeak.patched(model):
+    with nearpeak.patched(model) as report, Operators() as operators:
         judge(logits_of(model, ids, attention_mask=mask)[shown], plain[shown], exact)
+    assert report.count("attention") == 2
+    if serving != "reference":
+        assert operators.count("nearpeak::attention") == (0 if padded else 2)
 
 
 def _lengths(seen, new, window):
@@ -245,6 +249,20 @@ def test_threads_run_patched_and_unpatched_models_side_by_side():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_converted_model_counts_only_with_all_its_files(tmp_path, monkeypatch):
+    from nearpeak_bench import models
+
+    assert not models.is_complete(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    (tmp_path / models.MANIFEST).write_text('{"model.safetensors": 4}')
+    assert models.is_complete(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"12")
+    assert not models.is_complete(tmp_path)
+    monkeypatch.setattr(models, "PACKAGES", ("no_such_package",))
+    with pytest.raises(models.Missing, match=r"pip install 'nearpeak\[models\]'"):
+        models.require()
 
 
 @pytest.mark.slow

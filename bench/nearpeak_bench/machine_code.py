@@ -6,6 +6,7 @@ tensors that have no memory, and their launches become compilations, so that wha
 """
 
 import contextlib
+import itertools
 import pathlib
 import re
 import subprocess
@@ -46,7 +47,9 @@ TARGETS = {
         Target("sm_90", GPUTarget("cuda", 90, 32), triton_launch.Device(90, 132), 227 * 1024, r"HGMMA|HMMA"),
         Target("sm_100", GPUTarget("cuda", 100, 32), triton_launch.Device(100, 148), 227 * 1024, r"UTC\w*MMA|HMMA"),
         Target("sm_120", GPUTarget("cuda", 120, 32), triton_launch.Device(120, 170), 99 * 1024, r"HMMA"),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), triton_launch.Device("gfx942", 304), 64 * 1024, r"v_mfma\w*"),
+        Target(
+            "gfx942", GPUTarget("hip", "gfx942", 64), triton_launch.Device("gfx942", 304, 64), 64 * 1024, r"v_mfma\w*"
+        ),
     )
 }
 
@@ -114,7 +117,10 @@ def compile_case(case: Case, target: Target) -> list[Code]:
     with _compiling_for(target) as compiled:
         case.launch()
     read = _read_amd if target.compiler.backend == "hip" else _read_nvidia
-    return [Code(case, target, kernel.metadata.name, kernel.metadata.num_warps, **read(kernel, target)) for kernel in compiled]
+    return [
+        Code(case, target, kernel.metadata.name, kernel.metadata.num_warps, **read(kernel, target))
+        for kernel in compiled
+    ]
 
 
 def _tool(name: str) -> str:
@@ -225,46 +231,63 @@ def attention_case(
 
 
 def every_case() -> list[Case]:
-    """Every kernel in every type, at widths on both sides of each decision of the launchers."""
-    half, single, bfloat = torch.float16, torch.float32, torch.bfloat16
+    """Every kernel, at widths on both sides of each decision of the launchers."""
+    single, bfloat = torch.float32, torch.bfloat16
     norms = [
         norm_case(width, dtype, direction)
         for direction in ("forward", "add", "backward")
-        for dtype in (bfloat, half, single)
+        for dtype in (bfloat, single)
         for width in (64, 640, 4096, 8192, 16384, 32768, 65536)
     ]
     rotaries = [
         rotary_case(head_dim, dtype, interleaved, length)
         for interleaved in (False, True)
-        for dtype in (bfloat, half, single)
+        for dtype in (bfloat, single)
         for head_dim in (64, 128, 256)
         for length in (2048, 1)
     ]
+    options = {"window": ((None, None), (None, 0), (512, 0)), "softcap": (None, 50.0)}
     attentions = [
-        attention_case(head_dim, dtype, length)
-        for dtype in (bfloat, half, single)
-        for head_dim in (16, 32, 64, 80, 128, 256)
-        for length in (4096, 12, 6, 1)
-    ]
-    options = [
-        attention_case(head_dim, dtype, window=window, softcap=softcap)
+        attention_case(head_dim, dtype, length, window, softcap)
         for dtype in (bfloat, single)
         for head_dim in (64, 128, 256)
-        for window, softcap in (((None, None), None), ((512, 0), None), ((None, 0), 50.0), ((512, 0), 50.0))
+        for window, softcap in itertools.product(*options.values())
+        for length in (4096, 1)
     ]
-    return norms + rotaries + attentions + options
+    half = torch.float16
+    odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
+    odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
+    return norms + rotaries + attentions + odd
 
 
 def table(codes: list[Code]) -> Table:
     table = Table(title="Machine code of the Triton kernels (spilled bytes in bold are a fault)")
-    columns = ("case", "kernel", "target", "warps", "registers", "spilled", "shared", "instructions", "matrix", "load", "store")
+    columns = (
+        "case",
+        "kernel",
+        "target",
+        "warps",
+        "registers",
+        "spilled",
+        "shared",
+        "instructions",
+        "matrix",
+        "load",
+        "store",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     for code in codes:
         spilled = f"[bold red]{code.spilled}" if code.spilled else "0"
         numbers = (code.shared, code.instructions, code.matrix, code.load, code.store)
         table.add_row(
-            code.case.name, code.kernel, code.target.name, str(code.warps), str(code.registers), spilled, *map(str, numbers)
+            code.case.name,
+            code.kernel,
+            code.target.name,
+            str(code.warps),
+            str(code.registers),
+            spilled,
+            *map(str, numbers),
         )
     return table
 

@@ -18,7 +18,7 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
         raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     for attribute in properties:
         value, expected = getattr(tensor, attribute), getattr(other, attribute)
-        if value is not expected and value != expected:
+        if value != expected:
             error = TypeError if attribute == "dtype" else ValueError
             value, expected = (tuple(v) if attribute == "shape" else v for v in (value, expected))
             raise error(f"{name} must have {other_name}'s {attribute}, {expected}, not {value}")

@@ -18,6 +18,11 @@ class Device(NamedTuple):
 
     architecture: int | str  # 80, 86, 89, 90, 100, 120 (NVIDIA's compute capability) or AMD's name, as "gfx942"
     processors: int  # streaming multiprocessors, or compute units
+    lanes: int = 32  # threads of a warp
+
+    def options(self, threads: int) -> dict:
+        """Triton's options for a program of so many threads."""
+        return {"num_warps": max(1, threads // self.lanes), **OPTIONS}
 
 
 # Stands for the CPU in Triton's interpreter: few processors, so that small inputs take the paths of large ones.
@@ -30,7 +35,7 @@ def describe(device: torch.device) -> Device:
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count, properties.warp_size)
     return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 

@@ -19,10 +19,18 @@ CASES = [
     # product does, here or on a GPU, and so are 1.6 times as exact in float32.
     Case(2, 97, head_dim=256, heads=4),
     *(Case(5, 19, heads=heads, key_heads=kv, batch=2, causal=True) for heads, kv in ((1, 1), (3, 1), (6, 2), (8, 8))),
-    *(Case(q, k, heads=3, causal=causal) for q, k in ((1, 1), (63, 65), (65, 64), (130, 129)) for causal in (False, True)),
+    *(
+        Case(q, k, heads=3, causal=causal)
+        for q, k in ((1, 1), (63, 65), (65, 64), (130, 129))
+        for causal in (False, True)
+    ),
     *(Case(q, k, window=window) for q, k in ((33, 40), (40, 33)) for window in attention.WINDOWS),
     *(Case(150, 200, window=window) for window in ((70, 0), (70, 20), (5, -3), (None, -70), (-20, 90))),
-    *(SPLIT._replace(batch=batch, window=window) for batch in (1, 2) for window in ((None, None), (511, 0), (900, -300))),
+    *(
+        SPLIT._replace(batch=batch, window=window)
+        for batch in (1, 2)
+        for window in ((None, None), (511, 0), (900, -300))
+    ),
     *(SPLIT._replace(query_length=q, key_heads=kv, causal=True) for q, kv in ((3, 4), (40, 1))),
     SPLIT._replace(softcap=20.0, head_dim=17),
     *(Case(softcap=softcap, causal=causal) for softcap in (1.0, 50.0) for causal in (False, True)),
@@ -117,4 +125,6 @@ def test_positions_may_lie_further_apart_than_32_bits_count(far_apart):
     key = far_apart((1, 1, 3, 16), torch.float16)
     for query in (key, key.contiguous()):
         result = nearpeak.attention(query, key, key, causal=True)
-        assert torch.equal(result, nearpeak.attention(key.contiguous(), key.contiguous(), key.contiguous(), causal=True))
+        assert torch.equal(
+            result, nearpeak.attention(key.contiguous(), key.contiguous(), key.contiguous(), causal=True)
+        )

@@ -18,7 +18,7 @@ constexpr int64_t kFewRows = 2 * kDecodeRows;
 // Fewest keys worth a task of their own, and tasks per thread that let uneven ones even out.
 constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
 // Rows of a prefill task: more share one packing of the keys and values, as long as they fit the second-level cache.
-constexpr int64_t kMinRows = 32, kMaxRows = 192, kRowElements = 192 * 128;
+constexpr int64_t kMinRows = 32, kMaxRows = 384, kRowElements = 192 * 128;
 
 Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 

@@ -139,13 +139,15 @@ class Prefill {
             const Float sums = load(row_total);
             const Float inverse = select(sums == 0.0f, Float{}, 1.0f / sums);
             const float* from = out_panel(panel) + half * kLanes;
+            T* to[kLanes];
+            for (int64_t r = 0; r < rows; ++r) to[r] = out_row<T>(p, task, row + r);
             for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
                 Float block[kLanes];
                 for (int64_t i = 0; i < kLanes; ++i) {
                     block[i] = d + i < p.head_dim ? load(from + (d + i) * kPanel) * inverse : Float{};
                 }
                 transpose(block);
-                for (int64_t r = 0; r < rows; ++r) store(out_row<T>(p, task, row + r) + d, block[r], lanes);
+                for (int64_t r = 0; r < rows; ++r) store(to[r] + d, block[r], lanes);
             });
             for (int64_t r = 0; r < rows; ++r) write_lse(p, task, row + r, row_maximum[r], row_total[r]);
         }

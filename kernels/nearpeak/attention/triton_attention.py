@@ -80,5 +80,5 @@ def _launch_merge(parts, part_lse, out, lse):
     merge[(triton.cdiv(lse.numel(), triton_merge.ROWS),)](
         parts, part_lse, out, lse, splits, lse.numel(), heads, length, *(stride // vector for stride in out.stride()[:3]),
         VECTOR=vector, HEAD_DIM=head_dim, ROWS=triton_merge.ROWS, BLOCK_D=triton_tiles.padded(head_dim),
-        num_warps=triton_merge.WARPS, **triton_launch.OPTIONS,
+        **triton_launch.describe(out.device).options(triton_merge.THREADS),
     )  # fmt: skip

@@ -163,7 +163,9 @@ def _attend_window(
 
 
 @triton.jit
-def _addresses(pointer, row, batch, key_head, batch_stride, head_stride, step, VECTOR: tl.constexpr, GROUP: tl.constexpr):
+def _addresses(
+    pointer, row, batch, key_head, batch_stride, head_stride, step, VECTOR: tl.constexpr, GROUP: tl.constexpr
+):
     """Where each row begins: row r is head r % GROUP of the key head, at position r // GROUP. [M, 1]"""
     head = (key_head * GROUP + row % GROUP).to(tl.int64)
     index = (row // GROUP).to(tl.int64)
@@ -226,6 +228,14 @@ def attend(
     heads = key_heads.to(tl.int64) * GROUP
     batches = tl.num_programs(0) // tiles // key_heads
     lse_rows = _addresses(
-        lse_ptr + split * batches * heads * query_length, row, batch, chosen, heads * query_length, query_length, 1, 1, GROUP
+        lse_ptr + split * batches * heads * query_length,
+        row,
+        batch,
+        chosen,
+        heads * query_length,
+        query_length,
+        1,
+        1,
+        GROUP,
     )
     tl.store(lse_rows, ((top + tl.log2(total)) * LN_2)[:, None], mask=inside[:, None])

@@ -1,13 +1,13 @@
 """The Triton kernel that merges attention over parts of the keys into attention over all of them.
 
-    lse = log(sum(exp(lse_i))),   out = sum(exp(lse_i - lse) out_i)
+lse = log(sum(exp(lse_i))),   out = sum(exp(lse_i - lse) out_i)
 """
 
 import triton
 import triton.language as tl
 
 ROWS = 4
-WARPS = 4
+THREADS = 128
 
 
 @triton.jit(do_not_specialize=["splits", "rows", "heads", "length", "out_batch", "out_head", "out_step"])

@@ -17,35 +17,34 @@ import triton.language as tl
 
 from .. import operators, triton_launch
 
-WARP = 32
-
-# Widest row, in elements, that one program holds in registers without spilling: read off the machine code for sm_80
-# to sm_120 (tests/test_triton_compile.py). 32 warps leave a thread 64 registers.
-WHOLE_ROW_FORWARD = 32768
-WHOLE_ROW_BACKWARD = 16384
+# Widest row, in bytes forward and in elements backward (which keeps float32 sums), that one program holds in registers
+# without spilling: read off the machine code of every target. 1024 threads have 64 registers each.
+WHOLE_ROW_FORWARD = 65536
+WHOLE_ROW_BACKWARD = 8192
 
 # Elements per thread: 2 (16-bit) to 4 (float32) accesses of 16 bytes in flight forward, 1 to 2 of each input backward.
 PER_THREAD_FORWARD = 16
 PER_THREAD_BACKWARD = 8
 
+MOST_THREADS = 1024
 SMALLEST_TILE = 1024  # elements a program takes: narrower rows share a program
 WIDE_BLOCK = 8192  # columns that a program takes at once of a row too wide for registers
-RESIDENT_WARPS = 32  # per processor, for kernels whose programs walk over the rows
+RESIDENT_THREADS = 1024  # per processor, for kernels whose programs walk over the rows
 
 
 class Tile(NamedTuple):
     rows: int
     block: int  # columns, a power of two
-    warps: int
+    threads: int
 
 
-COLUMNS = Tile(rows=4, block=1024, warps=8)  # of the wide backward's second kernel
-REDUCTION = Tile(rows=32, block=32, warps=4)  # narrow blocks: a 4096 wide weight still fills 128 processors
+COLUMNS = Tile(rows=4, block=1024, threads=256)  # of the wide backward's second kernel
+REDUCTION = Tile(rows=32, block=32, threads=128)  # narrow blocks: a 4096 wide weight still fills 128 processors
 
 
-def forward_tile(width: int) -> Tile:
+def forward_tile(width: int, itemsize: int) -> Tile:
     """Rows and columns that one program takes at once; block < width means a row in several passes."""
-    return _tile(width, WHOLE_ROW_FORWARD, PER_THREAD_FORWARD)
+    return _tile(width, WHOLE_ROW_FORWARD // itemsize, PER_THREAD_FORWARD)
 
 
 def backward_tile(width: int) -> Tile:
@@ -54,10 +53,10 @@ def backward_tile(width: int) -> Tile:
 
 def _tile(width, widest, per_thread):
     if width > widest:
-        return Tile(1, WIDE_BLOCK, max(1, WIDE_BLOCK // (WARP * per_thread)))
+        return Tile(1, WIDE_BLOCK, WIDE_BLOCK // per_thread)
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, SMALLEST_TILE // block)
-    return Tile(rows, block, min(32, max(1, rows * block // (WARP * per_thread))))
+    return Tile(rows, block, min(MOST_THREADS, rows * block // per_thread))
 
 
 @triton.jit
@@ -152,7 +151,9 @@ def _forward_wide(
         tl.store(y_ptr + row * width + columns, y.to(hidden.dtype), mask=columns < width)
 
 
-@triton.jit(do_not_specialize=["rows", "width_vectors", "grad_stride_vectors", "hidden_stride_vectors", "extra_stride_vectors"])
+@triton.jit(
+    do_not_specialize=["rows", "width_vectors", "grad_stride_vectors", "hidden_stride_vectors", "extra_stride_vectors"]
+)
 def _backward(
     grad_ptr,
     hidden_ptr,
@@ -175,7 +176,6 @@ def _backward(
     width = width_vectors * VECTOR
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    weight = _load_weight(weight_ptr, columns, width, offset)
     d_weight = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
@@ -187,7 +187,7 @@ def _backward(
         square = tl.sum(hidden * hidden, axis=1, keep_dims=True) / width + eps  # [ROWS, 1]
         r = tl.rsqrt(square)
         d_weight += grad * (hidden * r)
-        g = grad * weight
+        g = grad * _load_weight(weight_ptr, columns, width, offset)  # again for each tile: it would take registers
         share = tl.sum(g * hidden, axis=1, keep_dims=True) / width / square
         d_hidden = r * (g - hidden * share)
         if extra_ptr is not None:
@@ -233,7 +233,9 @@ def _backward_wide_sums(
     tl.store(share_ptr + row, tl.sum(products) / width / square)
 
 
-@triton.jit(do_not_specialize=["rows", "width_vectors", "grad_stride_vectors", "hidden_stride_vectors", "extra_stride_vectors"])
+@triton.jit(
+    do_not_specialize=["rows", "width_vectors", "grad_stride_vectors", "hidden_stride_vectors", "extra_stride_vectors"]
+)
 def _backward_wide(
     grad_ptr,
     hidden_ptr,
@@ -328,16 +330,22 @@ def rms_norm_out(x, weight, residual, eps, offset, out, residual_out):
     vector = triton_launch.vector_length(x.element_size(), width, *strides)
     in_vectors = width // vector, *(stride // vector for stride in strides)
     tensors = x, residual, weight, out, residual_out
-    tile = forward_tile(width)
+    tile, device = forward_tile(width, x.element_size()), triton_launch.describe(x.device)
     with triton_launch.on(x.device):
         if tile.block < width:
             _forward_wide[(rows,)](
-                *tensors, *in_vectors, eps, offset, VECTOR=vector, BLOCK=tile.block, num_warps=tile.warps, **triton_launch.OPTIONS
+                *tensors,
+                *in_vectors,
+                eps,
+                offset,
+                VECTOR=vector,
+                BLOCK=tile.block,
+                **device.options(tile.threads),
             )
         else:
             _forward[(triton.cdiv(rows, tile.rows),)](
                 *tensors, rows, *in_vectors, eps, offset,
-                VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **triton_launch.OPTIONS
+                VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, **device.options(tile.threads),
             )  # fmt: skip
 
 
@@ -362,40 +370,41 @@ def rms_norm_backward(grad, hidden, weight, grad_hidden, eps, offset):
 
 def _backward_in_one(grad, hidden, weight, extra, d_hidden, in_vectors, eps, offset, vector):
     rows, width = hidden.shape
-    tile = backward_tile(width)
-    resident = triton_launch.describe(hidden.device).processors * RESIDENT_WARPS // tile.warps
+    tile, device = backward_tile(width), triton_launch.describe(hidden.device)
+    resident = device.processors * RESIDENT_THREADS // tile.threads
     programs = min(triton.cdiv(rows, tile.rows), resident)
     partial = None if weight is None else hidden.new_empty(programs, width, dtype=torch.float32)
     _backward[(programs,)](
         grad, hidden, weight, extra, d_hidden, partial, rows, *in_vectors, eps, offset,
-        VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **triton_launch.OPTIONS
+        VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, **device.options(tile.threads),
     )  # fmt: skip
     return partial
 
 
 def _backward_in_two(grad, hidden, weight, extra, d_hidden, in_vectors, eps, offset, vector):
     rows, width = hidden.shape
-    tile = backward_tile(width)
+    tile, device = backward_tile(width), triton_launch.describe(hidden.device)
     r, share = hidden.new_empty(2, rows, dtype=torch.float32)
     _backward_wide_sums[(rows,)](
         grad, hidden, weight, r, share, *in_vectors[:3], eps, offset,
-        VECTOR=vector, BLOCK=tile.block, num_warps=tile.warps, **triton_launch.OPTIONS
+        VECTOR=vector, BLOCK=tile.block, **device.options(tile.threads),
     )  # fmt: skip
     columns = triton.cdiv(width, COLUMNS.block)
-    resident = triton_launch.describe(hidden.device).processors * RESIDENT_WARPS // COLUMNS.warps
+    resident = device.processors * RESIDENT_THREADS // COLUMNS.threads
     programs = max(1, min(triton.cdiv(rows, COLUMNS.rows), resident // columns))
     partial = None if weight is None else hidden.new_empty(programs, width, dtype=torch.float32)
     _backward_wide[(columns, programs)](
         grad, hidden, weight, extra, r, share, d_hidden, partial, rows, *in_vectors, offset,
-        VECTOR=vector, ROWS=COLUMNS.rows, BLOCK=COLUMNS.block, num_warps=COLUMNS.warps, **triton_launch.OPTIONS
+        VECTOR=vector, ROWS=COLUMNS.rows, BLOCK=COLUMNS.block, **device.options(COLUMNS.threads),
     )  # fmt: skip
     return partial
 
 
 def _reduce(partial, total):
     programs, width = partial.shape
+    device = triton_launch.describe(partial.device)
     vector = triton_launch.vector_length(4, width)
     _sum_partials[(triton.cdiv(width, REDUCTION.block),)](
         partial, total, programs, width // vector,
-        VECTOR=vector, ROWS=REDUCTION.rows, BLOCK=REDUCTION.block, num_warps=REDUCTION.warps, **triton_launch.OPTIONS
+        VECTOR=vector, ROWS=REDUCTION.rows, BLOCK=REDUCTION.block, **device.options(REDUCTION.threads),
     )  # fmt: skip

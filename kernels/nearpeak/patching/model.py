@@ -223,7 +223,8 @@ def _why_attention_stays(part, layers) -> str | None:
         return "does not use transformers' AttentionInterface"
     if _implementation(part) == "nearpeak":
         return SERVED
-    if not part._supports_sdpa:
+    # Masked calls go to SDPA, or with a softcap, for which alone some models refuse SDPA, to eager attention.
+    if not part._supports_sdpa and getattr(part.config, "attn_logit_softcapping", None) is None:
         return "transformers does not let torch's SDPA serve it, to which masked calls would go"
     if part.config.output_attentions:
         return "its configuration asks for attention weights, which only its eager attention returns"

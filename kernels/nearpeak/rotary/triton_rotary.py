@@ -14,20 +14,20 @@ from .. import operators, triton_launch
 
 HEADS = 8  # heads that share one read of the tables, where that leaves programs for every processor
 PAIRS = 1024  # pairs of elements that a program turns at once: 8 a thread, one 16-byte access in 16-bit types
-WARPS = 4
+THREADS = 128
 
 
 class Tile(NamedTuple):
     rows: int  # positions
     block: int  # pairs, a power of two
-    warps: int
+    threads: int
 
 
 def tile_sizes(rows: int, half: int) -> Tile:
     """What one program turns at once of `rows` positions of half a head_dim of pairs."""
     block = min(triton.next_power_of_2(half), PAIRS)
     tall = min(triton.next_power_of_2(rows), max(1, PAIRS // block))
-    return Tile(tall, block, max(1, WARPS * tall * block // PAIRS))
+    return Tile(tall, block, THREADS * tall * block // PAIRS)
 
 
 def heads_per_program(heads: int, programs_a_head: int, processors: int) -> int:
@@ -138,13 +138,13 @@ def _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse):
     vector = triton_launch.vector_length(query.element_size(), half, *strides)
     tile = tile_sizes(rows, half)
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(half, tile.block)
-    processors = triton_launch.describe(query.device).processors
-    together = heads_per_program(heads, row_tiles * column_tiles, processors)
+    device = triton_launch.describe(query.device)
+    together = heads_per_program(heads, row_tiles * column_tiles, device.processors)
     with triton_launch.on(query.device):
         _rotate[(row_tiles, triton.cdiv(heads, together), column_tiles)](
             query, key, out_query, out_key, cos, sin,
             rows, sequence, half // vector, query_heads, key.shape[1], together,
             *(stride // vector for stride in strides),
             INTERLEAVED=interleaved, INVERSE=inverse,
-            VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps, **triton_launch.OPTIONS,
+            VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, **device.options(tile.threads),
         )  # fmt: skip
