@@ -44,7 +44,7 @@ format: install
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-# The C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the concurrent ones under ThreadSanitizer.
+# The kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
 	VENV=$(VENV) bash tests/sanitize.sh
 

@@ -22,17 +22,17 @@ def serving(request):
     """Serve every nearpeak call of the test by one implementation; the value is its name.
 
     In one thread: on a busy machine two threads wait for each other at each of a test's thousand small operators
-    (measured: 17 times slower). test_operators.py shows that more threads give the same bits.
+    (measured: 17 times slower). The tests of threads set their own number.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    request.addfinalizer(lambda: torch.set_num_threads(threads))
     if request.param == "reference":
         with nearpeak.use_backend("reference"):
             yield request.param
     else:
         with nearpeak.use_backend("cpu"), nearpeak.use_isa(request.param):
             yield request.param
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

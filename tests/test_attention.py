@@ -187,7 +187,16 @@ def test_forward_of_long_sequences_is_as_exact_as_plain(serving, dtype, case):
     assert_as_exact(results, standard(case, dtype, False))
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("case", [LONG_CASES[-1], Case(1, 2000, head_dim=64), Case(97, 200), Case(5, 0)], ids=case_name)
+def test_keys_shared_out_over_threads(serving, case, threads):
+    """Where there are fewer rows than threads, several threads take parts of one row's keys."""
+    torch.set_num_threads(threads)
+    results = values(served(case), draws_of(case, torch.float32, False))
+    assert_as_exact(results, standard(case, torch.float32, False))
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=case_name)
 def test_forward_without_gradients_is_the_same(serving, case):
     inputs, grads = inputs_of(case, torch.float32)
     training = plain.value_and_gradients(served(case), inputs, grads)
@@ -224,16 +233,16 @@ def test_query_longer_than_keys_leaves_the_first_rows_without_keys(serving):
 
 def test_the_last_query_sees_the_last_key(serving):
     (query, key, value), _ = inputs_of(Case(3, 10), torch.float32)
-    value[:, :, -1] = math.inf
+    value[:, :, -1] = 1e30
     out = nearpeak.attention(query, key, value, causal=True)
-    assert out[:, :, 2].isinf().all()
-    assert out[:, :, :2].isfinite().all()
+    assert (out[:, :, 2] > 1e20).all()
+    assert (out[:, :, :2] < 1e20).all()
 
 
-def packed(query, key, value):
-    """Views into one projection's result, (batch, sequence, all heads * head_dim)."""
-    sizes = [t.shape[1] for t in (query, key, value)]
-    together = torch.cat((query, key, value), dim=1).transpose(1, 2).contiguous().flatten(2)
+def packed(*tensors):
+    """The same numbers as views into one projection's result, (batch, sequence, all heads * head_dim)."""
+    sizes = [t.shape[1] for t in tensors]
+    together = torch.cat(tensors, dim=1).transpose(1, 2).contiguous().flatten(2)
     return together.unflatten(2, (sum(sizes), -1)).transpose(1, 2).split(sizes, dim=1)
 
 
@@ -251,7 +260,7 @@ LAYOUTS = {
     "sequence_first": each(sequence_first),
     "padded": each(padded),
     "misaligned": each(misaligned),
-    "packed": packed,
+    "packed_key_value": lambda q, k, v: (q, *packed(k, v)),
     "of_cache": of_cache,
     "batch_last": each(lambda t: t.movedim(0, 2).contiguous().movedim(2, 0)),
     "expanded_key_heads": lambda q, k, v: (q, *(t[:, :1].expand(t.shape) for t in (k, v))),
@@ -267,6 +276,14 @@ LAYOUTS = {
 def test_layouts_of_inputs(serving, dtype, length, layout):
     case = Case(length, 33, head_dim=24, heads=4, key_heads=2, batch=2, causal=True)
     draws = [(LAYOUTS[layout](*inputs), grads) for inputs, grads in draws_of(case, dtype)]
+    results = values(served(case), draws)
+    assert_as_exact(results, standards_of(case, draws))
+    assert laid_out_like(results[0][0], draws[0][0][0])
+
+
+def test_packed_query_key_value(serving):
+    case = Case(33, 33, head_dim=24, heads=4, key_heads=2, batch=2, causal=True)
+    draws = [(packed(*inputs), grads) for inputs, grads in draws_of(case, torch.float32)]
     results = values(served(case), draws)
     assert_as_exact(results, standards_of(case, draws))
     assert laid_out_like(results[0][0], draws[0][0][0])
@@ -299,15 +316,15 @@ def test_only_the_gradients_asked_for(serving, wanted, used):
     inputs, grads = inputs_of(case, torch.float32)
     used_grads = [grad if use else torch.zeros_like(grad) for grad, use in zip(grads, used, strict=True)]
     expected = plain.value_and_gradients(served(case), inputs, used_grads)[2 + wanted]
-    leaves = list(inputs)
-    leaves[wanted] = leaves[wanted].detach().requires_grad_()
-    outputs = [output for output, use in zip(served(case)(*leaves), used, strict=True) if use]
     if wanted == 2 and used == (False, True):
         assert (expected == 0).all()
         return
-    chosen = [grad for grad, use in zip(grads, used, strict=True) if use]
+    leaves = list(inputs)
+    leaves[wanted] = leaves[wanted].detach().requires_grad_()
+    pairs = zip(served(case)(*leaves), grads, used, strict=True)
+    outputs, chosen = zip(*((out, grad) for out, grad, use in pairs if use and out.requires_grad), strict=True)
     (gradient,) = torch.autograd.grad(outputs, leaves[wanted], chosen)
-    assert torch.equal(gradient, expected)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("length", [1, 17], ids=["decode", "prefill"])
@@ -330,44 +347,44 @@ def attend(query=Q, key=KV, value=None, **options):
 
 
 BAD = {
-    "query_list": (TypeError, "query must be", attend([1.0])),
-    "query_int": (TypeError, "query must be", attend(Q.int())),
-    "query_complex": (TypeError, "query must be", attend(Q.cfloat())),
-    "query_3d": (ValueError, "query must be", attend(Q[0])),
-    "query_strided": (ValueError, "query must be dense", attend(every_second(Q))),
-    "head_dim_0": (ValueError, "query must have a head_dim", attend(Q[..., :0], KV[..., :0])),
+    "query_list": (TypeError, "query must", attend([1.0])),
+    "query_int": (TypeError, "query must", attend(Q.int())),
+    "query_complex": (TypeError, "query must", attend(Q.cfloat())),
+    "query_3d": (ValueError, "query must", attend(Q[0])),
+    "query_strided": (ValueError, "query must", attend(every_second(Q))),
+    "head_dim_0": (ValueError, "query must", attend(Q[..., :0], KV[..., :0])),
     "head_dim_257": (
         ValueError,
-        "query must have a head_dim",
+        "query must",
         attend(torch.ones(1, 1, 2, 257), torch.ones(1, 1, 2, 257)),
     ),
-    "key_list": (TypeError, "key must be", attend(key=[1.0], value=KV)),
-    "key_dtype": (TypeError, "key must have", attend(key=KV.half(), value=KV)),
-    "key_meta": (ValueError, "key must have", attend(key=KV.to("meta"), value=KV)),
-    "key_3d": (ValueError, "key must be", attend(key=KV[0], value=KV)),
-    "key_batch": (ValueError, "key must have", attend(key=KV[:1])),
-    "key_head_dim": (ValueError, "key must have", attend(key=KV[..., :7])),
-    "key_strided": (ValueError, "key must be dense", attend(key=every_second(KV))),
-    "key_heads_3": (ValueError, "key must have", attend(key=torch.ones(2, 3, 6, 8))),
-    "key_heads_8": (ValueError, "key must have", attend(key=torch.ones(2, 8, 6, 8))),
-    "key_heads_0": (ValueError, "key must have", attend(key=KV[:, :0])),
-    "value_list": (TypeError, "value must be", attend(value=[1.0])),
-    "value_dtype": (TypeError, "value must have", attend(value=KV.half())),
-    "value_meta": (ValueError, "value must have", attend(value=KV.to("meta"))),
-    "value_3d": (ValueError, "value must be", attend(value=KV[0])),
-    "value_length": (ValueError, "value must have", attend(value=KV[:, :, :5])),
-    "value_heads": (ValueError, "value must have", attend(value=KV[:, :1])),
-    "value_strided": (ValueError, "value must be dense", attend(value=every_second(KV))),
-    "window_number": (ValueError, "window must be", attend(window=3)),
-    "window_word": (ValueError, "window must be", attend(window="ab")),
-    "window_single": (ValueError, "window must be", attend(window=(3,))),
-    "window_fraction": (ValueError, "window must be", attend(window=(1.5, None))),
-    "window_infinite": (ValueError, "window must be", attend(window=(None, math.inf))),
-    "softcap_zero": (ValueError, "softcap must be", attend(softcap=0.0)),
-    "softcap_negative": (ValueError, "softcap must be", attend(softcap=-1.0)),
-    "softcap_nan": (ValueError, "softcap must be", attend(softcap=math.nan)),
-    "softcap_infinite": (ValueError, "softcap must be", attend(softcap=math.inf)),
-    "softcap_word": (ValueError, "softcap must be", attend(softcap="50")),
+    "key_list": (TypeError, "key must", attend(key=[1.0], value=KV)),
+    "key_dtype": (TypeError, "key must", attend(key=KV.half(), value=KV)),
+    "key_meta": (ValueError, "key must", attend(key=KV.to("meta"), value=KV)),
+    "key_3d": (ValueError, "key must", attend(key=KV[0], value=KV)),
+    "key_batch": (ValueError, "key must", attend(key=KV[:1])),
+    "key_head_dim": (ValueError, "key must", attend(key=KV[..., :7])),
+    "key_strided": (ValueError, "key must", attend(key=every_second(KV))),
+    "key_heads_3": (ValueError, "key must", attend(key=torch.ones(2, 3, 6, 8))),
+    "key_heads_8": (ValueError, "key must", attend(key=torch.ones(2, 8, 6, 8))),
+    "key_heads_0": (ValueError, "key must", attend(key=KV[:, :0])),
+    "value_list": (TypeError, "value must", attend(value=[1.0])),
+    "value_dtype": (TypeError, "value must", attend(value=KV.half())),
+    "value_meta": (ValueError, "value must", attend(value=KV.to("meta"))),
+    "value_3d": (ValueError, "value must", attend(value=KV[0])),
+    "value_length": (ValueError, "value must", attend(value=KV[:, :, :5])),
+    "value_heads": (ValueError, "value must", attend(value=KV[:, :1])),
+    "value_strided": (ValueError, "value must", attend(value=every_second(KV))),
+    "window_number": (ValueError, "window must", attend(window=3)),
+    "window_word": (ValueError, "window must", attend(window="ab")),
+    "window_single": (ValueError, "window must", attend(window=(3,))),
+    "window_fraction": (ValueError, "window must", attend(window=(1.5, None))),
+    "window_infinite": (ValueError, "window must", attend(window=(None, math.inf))),
+    "softcap_zero": (ValueError, "softcap must", attend(softcap=0.0)),
+    "softcap_negative": (ValueError, "softcap must", attend(softcap=-1.0)),
+    "softcap_nan": (ValueError, "softcap must", attend(softcap=math.nan)),
+    "softcap_infinite": (ValueError, "softcap must", attend(softcap=math.inf)),
+    "softcap_word": (ValueError, "softcap must", attend(softcap="50")),
 }
 
 
@@ -410,19 +427,15 @@ def test_random_cases_are_as_exact_as_plain(serving, dtype, examples):
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_adding_one_vector_to_every_key_changes_nothing(serving, examples):
-    """It adds the same to all scores of a row. Whole numbers, so that the sums are exact."""
+def test_scores_far_from_zero_cost_no_exactness(serving, examples):
+    """One vector added to every key shifts all scores of a row, which softmax forgets."""
 
-    @for_all(examples, case=cases(), step=st.integers(-3, 3))
+    @for_all(examples, case=cases(), step=st.floats(-5, 5))
     def check(case, step):
-        case = case._replace(scale=0.05, softcap=None, magnitude=2.0)
-        shift = step * torch.arange(case.head_dim).fmod(3)
-        here = [(each(torch.round)(*inputs), None) for inputs, _ in draws_of(case, torch.float32)]
-        there = [((query, key + shift, value), None) for (query, key, value), _ in here]
-        exacts = values(exact_layer(case), doubled(here))
-        first = [[outputs[:1] for outputs in values(layer, there)] for layer in plain_layers(case)]
-        results = [outputs[:1] for outputs in values(served(case), there)]
-        assert_as_exact(results, standards(first, [outputs[:1] for outputs in exacts]))
+        case = case._replace(magnitude=1.0)
+        shift = step * randn(case.head_dim, seed=case.seed + 9)
+        draws = [((query, key + shift, value), None) for (query, key, value), _ in draws_of(case, torch.float32)]
+        assert_as_exact(values(served(case), draws), standards_of(case, draws))
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
@@ -449,12 +462,18 @@ def test_two_windows_that_share_out_the_keys_merge_into_the_whole(serving, examp
     def check(case, last):
         whole = case._replace(causal=False, window=(None, None))
 
-        def merged(query, key, value):
-            left, lse_left = served(whole._replace(window=(None, last)))(query, key, value)
-            right, lse_right = served(whole._replace(window=(-last - 1, None)))(query, key, value)
-            lse = torch.logaddexp(lse_left, lse_right)
-            base = lse.masked_fill(lse == -math.inf, 0.0)
-            return left * (lse_left - base).exp()[..., None] + right * (lse_right - base).exp()[..., None], lse
+        def merged(layer):
+            def call(*inputs):
+                left, lse_left = layer(whole._replace(window=(None, last)))(*inputs)
+                right, lse_right = layer(whole._replace(window=(-last - 1, None)))(*inputs)
+                lse = torch.logaddexp(lse_left, lse_right)
+                shares = [
+                    (part - lse.masked_fill(lse == -math.inf, 0.0)).exp()[..., None] for part in (lse_left, lse_right)
+                ]
+                return left * shares[0] + right * shares[1], lse
 
-        draws = [(inputs, None) for inputs, _ in draws_of(whole, torch.float32)]
-        assert_as_exact(values(merged, draws), standards_of(whole, draws))
+            return call
+
+        draws = draws_of(whole, torch.float32, False)
+        expected = standards([values(merged(eager_layer), draws)], values(exact_layer(whole), doubled(draws)))
+        assert_as_exact(values(merged(served), draws), expected)

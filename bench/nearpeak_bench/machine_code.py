@@ -107,7 +107,7 @@ def _compiling_for(target: Target) -> Iterator[list]:
     with (
         mock.patch.object(driver, "_active", _CompilingDriver(target)),
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(triton_launch, "describe", lambda device: target.device),
+        mock.patch.object(triton_launch, "describe", return_value=target.device),
     ):
         yield compiled
 
@@ -260,6 +260,9 @@ def every_case() -> list[Case]:
     return norms + rotaries + attentions + odd
 
 
+TABLE_WIDTH = 150  # characters, where the terminal has fewer or there is none
+
+
 def table(codes: list[Code]) -> Table:
     table = Table(title="Machine code of the Triton kernels (spilled bytes in bold are a fault)")
     columns = (
@@ -293,7 +296,7 @@ def table(codes: list[Code]) -> Table:
 
 
 def main() -> None:
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     pairs = [(case, target) for case in every_case() for target in TARGETS.values()]
     progress = track(pairs, "compiling", console=Console(stderr=True))
     console.print(table([code for case, target in progress for code in compile_case(case, target)]))

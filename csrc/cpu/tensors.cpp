@@ -98,7 +98,9 @@ Tensor empty_floats(std::initializer_list<int64_t> sizes) {
     return empty_contiguous(sizes, aoti_torch_dtype_float32());
 }
 
-Tensor made_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+Tensor made_contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 RowsOf::RowsOf(const Tensor& any, const Tensor& order_of) : tensor(any) {
     const int dims = static_cast<int>(any.dim());

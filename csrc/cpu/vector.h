@@ -129,12 +129,13 @@ inline Short load_bits(const void* from) {
 
 inline Float load(const bfloat16* from) { return bitcast<Float>(widen(load_bits(from)) << 16); }
 
-inline Short narrow_bfloat16(Float value) {
+// Rounded to nearest, ties to even, in the upper 16 bits of each lane; below them, rubbish. NaN stays NaN.
+inline Unsigned round_bfloat16(Float value) {
     const Unsigned bits = bitcast<Unsigned>(value);
-    const Unsigned rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-    const Unsigned is_nan = bitcast<Unsigned>(value != value);
-    return narrow((rounded & ~is_nan) | (0x7fc0u & is_nan));
+    return (bits + (0x7fffu + ((bits >> 16) & 1u))) | bitcast<Unsigned>(value != value);
 }
+
+inline Short narrow_bfloat16(Float value) { return narrow(round_bfloat16(value) >> 16); }
 
 inline void store(bfloat16* to, Float value) {
     const Short bits = narrow_bfloat16(value);
@@ -216,6 +217,10 @@ inline Float rounded_to(Float value) {
     T stored[kLanes];
     store(stored, value);
     return load(stored);
+}
+template <>
+inline Float rounded_to<bfloat16>(Float value) {
+    return bitcast<Float>(round_bfloat16(value) & 0xffff0000u);
 }
 
 // Stores past the caches, for outputs too large to stay in them: saves reading each line before it is written.
@@ -307,6 +312,95 @@ inline void transpose(Float (&rows)[kLanes]) {
         }
     }
     if constexpr (distance < kLanes / 2) transpose<2 * distance>(rows);
+}
+
+// Two vectors of 2 kLanes neighbouring elements, for work that is the same in every lane. Which lane holds which
+// element is the storage type's choice: bfloat16 puts the even ones low and the odd ones high, so that a shift and a
+// mask widen both, and no lane moves.
+struct Two {
+    Float low, high;
+};
+
+inline Two operator+(Two a, Two b) { return {a.low + b.low, a.high + b.high}; }
+inline Two operator-(Two a, Two b) { return {a.low - b.low, a.high - b.high}; }
+inline Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
+inline Two operator*(Two a, float b) { return {a.low * b, a.high * b}; }
+inline Two operator*(float a, Two b) { return b * a; }
+inline Two operator+(float a, Two b) { return {a + b.low, a + b.high}; }
+
+inline Float total_of(Float value) { return value; }
+inline Float total_of(Two value) { return value.low + value.high; }
+
+template <class T>
+inline Two rounded_to(Two value) {
+    return {rounded_to<T>(value.low), rounded_to<T>(value.high)};
+}
+
+// Two vectors in T's order, whatever type they are loaded from or stored as.
+template <class T>
+struct TwoVectors {};
+
+template <class U, class T>
+inline Two load(const U* from, TwoVectors<T>) {
+    return {load(from), load(from + kLanes)};
+}
+template <class U, class T>
+inline void store(U* to, Two value, TwoVectors<T>) {
+    store(to, value.low);
+    store(to + kLanes, value.high);
+}
+template <class U, class T>
+inline void store_past_cache(U* to, Two value, TwoVectors<T>) {
+    store_past_cache(to, value.low);
+    store_past_cache(to + kLanes, value.high);
+}
+
+inline Two load(const bfloat16* from, TwoVectors<bfloat16>) {
+    Unsigned bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return {bitcast<Float>(bits << 16), bitcast<Float>(bits & 0xffff0000u)};
+}
+inline Float paired_bits(Two value) {
+    return bitcast<Float>((round_bfloat16(value.high) & 0xffff0000u) | (round_bfloat16(value.low) >> 16));
+}
+inline void store(bfloat16* to, Two value, TwoVectors<bfloat16>) {
+    const Float bits = paired_bits(value);
+    std::memcpy(to, &bits, sizeof(bits));
+}
+inline void store_past_cache(bfloat16* to, Two value, TwoVectors<bfloat16>) {
+    store_past_cache(static_cast<void*>(to), paired_bits(value));
+}
+
+template <std::size_t... lane>
+inline Two even_and_odd(Float first, Float second, std::index_sequence<lane...>) {
+    return {__builtin_shufflevector(first, second, (2 * lane)...),
+            __builtin_shufflevector(first, second, (2 * lane + 1)...)};
+}
+template <std::size_t... lane>
+inline Two interleaved(Two value, std::index_sequence<lane...>) {
+    return {__builtin_shufflevector(value.low, value.high, (lane / 2 + lane % 2 * kLanes)...),
+            __builtin_shufflevector(value.low, value.high, (kLanes / 2 + lane / 2 + lane % 2 * kLanes)...)};
+}
+inline Two load(const float* from, TwoVectors<bfloat16>) {
+    return even_and_odd(load(from), load(from + kLanes), std::make_index_sequence<kLanes>());
+}
+inline void store(float* to, Two value, TwoVectors<bfloat16>) {
+    const Two in_order = interleaved(value, std::make_index_sequence<kLanes>());
+    store(to, in_order.low);
+    store(to + kLanes, in_order.high);
+}
+
+// Like for_each_vector, in steps of two vectors in T's order, then of one, then the rest.
+template <class T, int kUnroll = 1, class Body>
+inline void for_each_two(int64_t width, Body body) {
+    constexpr int64_t kStep = 2 * kLanes;
+    int64_t column = 0;
+    for (; column + kUnroll * kStep <= width; column += kUnroll * kStep) {
+#pragma GCC unroll 16
+        for (int slot = 0; slot < kUnroll; ++slot) body(column + slot * kStep, TwoVectors<T>{}, slot);
+    }
+    for (; column + kLanes <= width; column += kLanes) body(column, AllLanes{}, 0);
+    if (column < width) body(column, width - column, 0);
 }
 
 }  // namespace nearpeak::NEARPEAK_ISA

@@ -88,6 +88,9 @@ def use_isa(name: str) -> Iterator[None]:
 
     Raises ValueError where this build or this processor lacks it. The environment variable NEARPEAK_ISA does
     the same for a whole process.
+
+    >>> with nearpeak.use_isa("portable"):
+    ...     y = nearpeak.rms_norm(torch.randn(4, 640))
     """
     if native.missing:
         raise RuntimeError(f"there is no instruction set to choose: {native.missing}")
@@ -128,6 +131,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     The override is process-wide. The environment variable NEARPEAK_BACKEND does the same for a whole process.
     Raises ValueError for an unknown name, RuntimeError (with the remedy) where the backend is missing here.
+
+    >>> with nearpeak.use_backend("reference"):
+    ...     y = nearpeak.rms_norm(torch.randn(4, 640))
     """
     before = _forced
     force(name)
@@ -191,4 +197,5 @@ def kernel_name(operator: torch._ops.OpOverload, device: torch.device) -> str:
     return _serving(device)
 
 
-force(os.environ.get("NEARPEAK_BACKEND"))
+# Set but empty means not set, as for NEARPEAK_ISA.
+force(os.environ.get("NEARPEAK_BACKEND") or None)

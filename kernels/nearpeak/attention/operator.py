@@ -8,7 +8,7 @@ import math
 import torch
 
 from .. import backends, operators
-from ..checks import check_dense_last, check_floating, check_same
+from ..checks import check_dense_last, check_floating, check_same_kind
 from . import reference
 
 if backends.missing("triton") is None:
@@ -41,7 +41,7 @@ def _attention_gradient(ctx, grad_out, grad_lse):
 
 
 operators.define(
-    "attention(Tensor query, Tensor key, Tensor value, int? window_left, int? window_right, float scale, "
+    "attention(Tensor query, Tensor key, Tensor value, SymInt? window_left, SymInt? window_right, float scale, "
     "float? softcap) -> (Tensor, Tensor)",
     reference=reference.attention,
     shapes=_shapes,
@@ -51,7 +51,7 @@ operators.define(
 )
 operators.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, int? window_left, int? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
+    "Tensor lse, SymInt? window_left, SymInt? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
     reference=reference.attention_backward,
     shapes=lambda grad_out, grad_lse, query, key, value, *rest: tuple(
         operators.empty_laid_out_like(t) for t in (query, key, value)
@@ -65,24 +65,26 @@ _attention_inference = torch.ops.nearpeak.attention_inference.default
 
 def _check(query, key, value):
     check_floating("query", query)
-    check_same("key", key, "query", query, "dtype", "device")
-    check_same("value", value, "query", query, "dtype", "device")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(tensor.shape)}")
-        if tensor.stride(3) != 1:
-            check_dense_last(name, tensor)
-    batch, heads, _, head_dim = query.shape
-    key_shape = key.shape
+    check_same_kind("key", key, "query", query)
+    check_same_kind("value", value, "query", query)
+    query_shape, key_shape = query.shape, key.shape
+    for name, shape in (("query", query_shape), ("key", key_shape)):
+        if len(shape) != 4:
+            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(shape)}")
+    if value.shape != key_shape:
+        raise ValueError(f"value must have key's shape {tuple(key_shape)}, not {tuple(value.shape)}")
+    batch, heads, _, head_dim = query_shape
     key_batch, key_heads, _, key_dim = key_shape
     if key_batch != batch or key_dim != head_dim:
         raise ValueError(f"key must have query's batch {batch} and head_dim {head_dim}, not shape {tuple(key_shape)}")
-    if value.shape != key_shape:
-        raise ValueError(f"value must have key's shape {tuple(key_shape)}, not {tuple(value.shape)}")
-    if key_heads == 0 and heads > 0 or key_heads > 0 and heads % key_heads:
+    if (key_heads == 0 and heads > 0) or (key_heads > 0 and heads % key_heads):
         raise ValueError(f"key must have a number of heads that divides query's {heads}, not {key_heads}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, not {head_dim}")
+    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+        check_dense_last("query", query)
+        check_dense_last("key", key)
+        check_dense_last("value", value)
 
 
 def _check_options(window, softcap):

@@ -12,6 +12,8 @@ gives zeros and lse = -inf. Arithmetic in float32 (float64 for float64), rounded
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; GQA: https://arxiv.org/abs/2305.13245.
 """
 
+import contextlib
+
 import torch
 
 from ..operators import empty_laid_out_like
@@ -30,12 +32,15 @@ def allowed(query_length, key_length, window_left, window_right, device):
     return mask
 
 
-def _scores(query, key, window_left, window_right, scale, softcap):
-    """Masked scores, (batch, key heads, group, query length, key length)."""
-    scores = scale * torch.einsum("bhgqd,bhkd->bhgqk", query, key)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask = allowed(query.shape[-2], key.shape[-2], window_left, window_right, query.device)
+def _scaled_products(query, key, scale):
+    """(batch, key heads, group, query length, key length)"""
+    return scale * torch.einsum("bhgqd,bhkd->bhgqk", query, key)
+
+
+def _scores(products, window_left, window_right, softcap):
+    """The products capped and masked."""
+    scores = products if softcap is None else softcap * torch.tanh(products / softcap)
+    mask = allowed(*products.shape[-2:], window_left, window_right, products.device)
     return scores.masked_fill(~mask, float("-inf"))
 
 
@@ -45,6 +50,12 @@ def _probabilities(scores):
     return torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
 
 
+def _exact(device):
+    """Keep autocast away from the matrix products, which it would do in its own dtype."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
+
+
 def _wide(tensor):
     """The tensor in the dtype of the arithmetic."""
     return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
@@ -52,37 +63,42 @@ def _wide(tensor):
 
 def _grouped(tensor, key_heads):
     """(batch, heads, ...) as (batch, key heads, group, ...)."""
-    return tensor.unflatten(1, (key_heads, tensor.shape[1] // key_heads))
+    return tensor.unflatten(1, (key_heads, tensor.shape[1] // max(1, key_heads)))
 
 
 def attention(query, key, value, window_left, window_right, scale, softcap):
     q, k, v = _grouped(_wide(query), key.shape[1]), _wide(key), _wide(value)
-    scores = _scores(q, k, window_left, window_right, scale, softcap)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.einsum("bhgqk,bhkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
+    with _exact(query.device):
+        scores = _scores(_scaled_products(q, k, scale), window_left, window_right, softcap)
+        lse = torch.logsumexp(scores, dim=-1)
+        out = torch.einsum("bhgqk,bhkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
 
 
 def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap):
-    """Gradients of `attention`, recomputing the probabilities (a kernel may take them from `lse`).
+    """Gradients of `attention`, recomputing the probabilities.
 
         P   = exp(scores - lse)                            dV = P^T dOut
-        dP  = dOut V^T                                     dS = P (dP - rowsum(dOut out) + dlse)
-        dS  = dS (1 - (scores / softcap)^2)  (softcap)     dQ = scale dS K,  dK = scale dS^T Q
+        dP  = dOut V^T                                     dS = P (dP - rowsum(P dP) + dlse)
+        dS  = dS (1 - tanh(scores / softcap)^2)            dQ = scale dS K,  dK = scale dS^T Q
+
+    `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
     """
     heads = key.shape[1]
     q, k, v = _grouped(_wide(query), heads), _wide(key), _wide(value)
-    d_out, o = _grouped(_wide(grad_out), heads), _grouped(_wide(out), heads)
-    scores = _scores(q, k, window_left, window_right, scale, softcap)
-    probabilities = _probabilities(scores)
-    d_value = torch.einsum("bhgqk,bhgqd->bhkd", probabilities, d_out)
-    d_scores = torch.einsum("bhgqd,bhkd->bhgqk", d_out, v) - (d_out * o).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        d_scores = d_scores + _grouped(grad_lse, heads)[..., None]
-    d_scores = probabilities * d_scores
-    if softcap is not None:
-        d_scores = d_scores * (1 - (scores.masked_fill(scores == float("-inf"), 0.0) / softcap).square())
-    d_query = scale * torch.einsum("bhgqk,bhkd->bhgqd", d_scores, k).flatten(1, 2)
-    d_key = scale * torch.einsum("bhgqk,bhgqd->bhkd", d_scores, q)
+    d_out = _grouped(_wide(grad_out), heads)
+    with _exact(query.device):
+        products = _scaled_products(q, k, scale)
+        probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
+        d_value = torch.einsum("bhgqk,bhgqd->bhkd", probabilities, d_out)
+        d_scores = torch.einsum("bhgqd,bhkd->bhgqk", d_out, v)
+        d_scores = d_scores - (probabilities * d_scores).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            d_scores = d_scores + _grouped(grad_lse, heads)[..., None]
+        d_scores = probabilities * d_scores
+        if softcap is not None:
+            d_scores = d_scores * (1 - torch.tanh(products / softcap).square())
+        d_query = scale * torch.einsum("bhgqk,bhkd->bhgqd", d_scores, k).flatten(1, 2)
+        d_key = scale * torch.einsum("bhgqk,bhgqd->bhkd", d_scores, q)
     gradients = ((query, d_query), (key, d_key), (value, d_value))
     return tuple(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients)

@@ -16,11 +16,20 @@ def _why_torch_serves(query, key, value, attn_mask, dropout_p):
         return "query, key and value are not all four-dimensional"
     if value.shape != key.shape:
         return "value and key differ in shape"
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return "query and key differ in batch or head_dim"
     if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
         return f"head_dim is not 1..{MAX_HEAD_DIM}"
     if any(t.stride(-1) != 1 for t in (query, key, value)):
         return "a last dimension is not dense"
     return None
+
+
+def _autocast(tensor):
+    """As torch.autocast treats the arguments of its own function, wherever the kernels would not see it."""
+    if tensor.dtype is torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def scaled_dot_product_attention(
@@ -34,6 +43,11 @@ def scaled_dot_product_attention(
     >>> query = torch.randn(1, 8, 10, 64)
     >>> out = nearpeak.scaled_dot_product_attention(query, query, query, is_causal=True)
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
     why = _why_torch_serves(query, key, value, attn_mask, dropout_p)
     same_heads = query.dim() == 4 and query.shape[1] == key.shape[1]
     if why is None and not same_heads and not enable_gqa:

@@ -25,7 +25,7 @@ FROM_SHARED_MEMORY = {
 }
 THROUGH_REGISTERS = {
     2: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
+    4: {64: Tile(64, 16, 8, 2), 128: Tile(64, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
 }
 AMD = {
     2: {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
@@ -37,7 +37,7 @@ THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}, 4: {256: Tile(16, 1
 # Few rows, as in decoding, whatever the GPU: the smallest tile that matrix instructions take.
 FEW_ROWS = 16
 FEW = {
-    2: {64: Tile(FEW_ROWS, 64, 4, 3), 128: Tile(FEW_ROWS, 64, 4, 3), 256: Tile(FEW_ROWS, 32, 4, 3)},
+    2: {64: Tile(FEW_ROWS, 64, 4, 3), 128: Tile(FEW_ROWS, 32, 4, 4), 256: Tile(FEW_ROWS, 32, 4, 3)},
     4: {64: Tile(FEW_ROWS, 32, 4, 3), 128: Tile(FEW_ROWS, 32, 4, 2), 256: Tile(FEW_ROWS, 16, 4, 2)},
 }
 

@@ -51,7 +51,10 @@ operators.define(
 operators.define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
     reference=reference.add_rms_norm,
-    shapes=lambda x, residual, weight, eps, offset: (operators.empty_laid_out_like(x), operators.empty_laid_out_like(x)),
+    shapes=lambda x, residual, weight, eps, offset: (
+        operators.empty_laid_out_like(x),
+        operators.empty_laid_out_like(x),
+    ),
     triton=triton_kernels and triton_kernels.add_rms_norm,
     backward=_add_rms_norm_gradient,
     setup_context=_save_for_add_rms_norm,
@@ -87,6 +90,8 @@ def _check(x, weight, residual, out):
     if not shape or shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least one element, not shape {tuple(shape)}")
     if weight is not None:
+        if not isinstance(weight, torch.Tensor):
+            raise TypeError(f"weight must be a torch.Tensor or None, not {type(weight).__name__}")
         if weight.device != x.device:
             raise ValueError(f"weight must be on x's device {x.device}, not on {weight.device}")
         if weight.shape != shape[-1:]:

@@ -81,6 +81,9 @@ def unpatch(model: torch.nn.Module) -> None:
 
     Raises ValueError for a model that is not patched, RuntimeError where something else (such as FSDP or a
     parametrization) changed a served module's class after `patch` and must be undone first.
+
+    >>> report = nearpeak.patch(model)
+    >>> nearpeak.unpatch(model)
     """
     record = vars(model).get(RECORD) if isinstance(model, torch.nn.Module) else None
     if record is None:

@@ -3,7 +3,7 @@
 import torch
 
 from .. import backends, operators
-from ..checks import check_dense_last, check_floating, check_same
+from ..checks import check_dense_last, check_floating, check_same_kind
 from . import reference
 
 if backends.missing("triton") is None:
@@ -56,13 +56,13 @@ _apply_rotary_ = torch.ops.nearpeak.apply_rotary_.default
 
 def _check(query, key):
     check_floating("query", query)
-    check_same("key", key, "query", query, "dtype", "device")
+    check_same_kind("key", key, "query", query)
     query_shape, key_shape = query.shape, key.shape
     for name, shape in (("query", query_shape), ("key", key_shape)):
         if len(shape) != 4:
             raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(shape)}")
     batch, _, sequence, head_dim = query_shape
-    if key_shape[0] != batch or key_shape[2:] != query_shape[2:]:
+    if key_shape[0] != batch or key_shape[2] != sequence or key_shape[3] != head_dim:
         raise ValueError(
             f"key must have query's batch, sequence and head_dim, {(batch, sequence, head_dim)}, "
             f"not shape {tuple(key_shape)}"
@@ -75,29 +75,36 @@ def _check(query, key):
     return query_shape
 
 
-def _table(name, table, query, query_shape, interleaved):
-    """`table` as (batch or 1, sequence, at least head_dim / 2), of which the first head_dim / 2 columns are read."""
-    check_floating(name, table)
-    if table.device != query.device:
-        raise ValueError(f"{name} must be on query's device {query.device}, not on {table.device}")
-    if table.dtype is not query.dtype and table.dtype is not torch.float32:
-        raise TypeError(f"{name} must be {query.dtype} as query, or float32, not {table.dtype}")
+def _check_tables(cos, sin, query, query_shape):
+    check_floating("cos", cos)
+    check_same_kind("sin", sin, "cos", cos)
+    if cos.device != query.device:
+        raise ValueError(f"cos and sin must be on query's device {query.device}, not on {cos.device}")
+    if cos.dtype is not query.dtype and cos.dtype is not torch.float32:
+        raise TypeError(f"cos and sin must be {query.dtype} as query, or float32, not {cos.dtype}")
+    shape = cos.shape
+    if sin.shape != shape:
+        raise ValueError(f"sin must have cos's shape, {tuple(shape)}, not {tuple(sin.shape)}")
     batch, _, sequence, head_dim = query_shape
-    if table.dim() == 2:
-        table = table.unsqueeze(0)
-    if table.dim() != 3 or table.shape[0] not in (1, batch) or table.shape[1] != sequence:
+    if not 2 <= len(shape) <= 3 or shape[-2] != sequence or (len(shape) == 3 and shape[0] not in (1, batch)):
         raise ValueError(
-            f"{name} must be (sequence, width) or (batch or 1, sequence, width) with sequence {sequence}, "
-            f"not shape {tuple(table.shape)}"
+            f"cos and sin must be (sequence, width) or (batch or 1, sequence, width) with sequence {sequence}, "
+            f"not shape {tuple(shape)}"
         )
-    width = table.shape[2]
-    if width not in (head_dim // 2, head_dim):
-        raise ValueError(f"{name} must be head_dim / 2 = {head_dim // 2} or head_dim wide, not {width}")
-    if interleaved and width == head_dim:
-        return table[..., 0::2].contiguous()
-    if table.stride(2) != 1:
-        check_dense_last(name, table)
-    return table
+    if shape[-1] not in (head_dim // 2, head_dim):
+        raise ValueError(f"cos and sin must be head_dim / 2 = {head_dim // 2} or head_dim wide, not {shape[-1]}")
+
+
+def _as_operators_read(cos, sin, head_dim, interleaved):
+    """cos, sin as (batch or 1, sequence, at least head_dim / 2), of which the first head_dim / 2 columns are read."""
+    if cos.dim() == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    if interleaved and cos.shape[2] == head_dim:
+        return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()
+    if cos.stride(2) != 1 or sin.stride(2) != 1:
+        check_dense_last("cos", cos)
+        check_dense_last("sin", sin)
+    return cos, sin
 
 
 def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
@@ -130,9 +137,8 @@ def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
     >>> query, key = nearpeak.apply_rotary(query, key, angles.cos(), angles.sin())
     """
     query_shape = _check(query, key)
-    cos = _table("cos", cos, query, query_shape, interleaved)
-    sin = _table("sin", sin, query, query_shape, interleaved)
-    check_same("sin", sin, "cos", cos, "shape", "dtype")
+    _check_tables(cos, sin, query, query_shape)
+    cos, sin = _as_operators_read(cos, sin, query_shape[3], interleaved)
     by_reference = backends.reference_serves(query)
     if not by_reference and operators.wants_gradient(cos, sin):
         by_reference = True

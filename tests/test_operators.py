@@ -1,0 +1,363 @@
+"""The operators as PyTorch's machinery sees them: opcheck, compile, export, checkpointing, threads, overhead."""
+
+import concurrent.futures
+import time
+from typing import NamedTuple
+
+import nearpeak
+import plain
+import pytest
+import torch
+from inputs import randn, sequence_first
+from nearpeak import backends
+from nearpeak.attention import reference as attention_reference
+from nearpeak.norm import reference as norm_reference
+from torch._dynamo.testing import CompileCounterWithBackend
+
+ANGLES = torch.outer(torch.arange(9.0), 1e2 ** -(torch.arange(0, 16, 2) / 16))
+COS, SIN = ANGLES.cos(), ANGLES.sin()
+
+
+def norm_operands():
+    return randn(2, 4, 17), randn(17, seed=1)
+
+
+def rotary_operands():
+    return randn(2, 3, 9, 16), sequence_first(randn(2, 1, 9, 16, seed=1))
+
+
+def attention_operands(query_length=9):
+    return randn(2, 4, query_length, 16), sequence_first(randn(2, 2, 11, 16, seed=1)), randn(2, 2, 11, 16, seed=2)
+
+
+def attention_and_gradients():
+    query, key, value = attention_operands()
+    out, lse = torch.ops.nearpeak.attention_inference(query, key, value, 4, 0, 0.25, None)
+    return randn(*out.shape, seed=3), randn(*lse.shape, seed=4), query, key, value, out, lse
+
+
+def leaves(*tensors):
+    return tuple(t.requires_grad_() for t in tensors)
+
+
+X, WEIGHT = norm_operands()
+SAMPLES = {
+    "rms_norm": [(*leaves(*norm_operands()), 1e-6, 1.0), (X[0].T.detach().requires_grad_(), None, 0.1, 0.0)],
+    "rms_norm_inference": [(X, WEIGHT, 1e-6, 1.0), (X.bfloat16(), WEIGHT, 1e-6, 0.0)],
+    "add_rms_norm": [(*leaves(X.clone(), X.clone(), WEIGHT.clone()), 1e-6, 0.0)],
+    "add_rms_norm_inference": [(X, X, None, 1e-6, 0.0)],
+    "rms_norm_out": [
+        (X, WEIGHT, None, 1e-6, 0.0, torch.empty_like(X), None),
+        (X, None, X, 1e-6, 1.0, torch.empty_like(X), torch.empty_like(X)),
+    ],
+    "rms_norm_backward": [(X, X, WEIGHT, None, 1e-6, 0.0), (X, X, None, X, 1e-6, 1.0)],
+    "apply_rotary": [(*leaves(*rotary_operands()), COS[None], SIN[None], interleaved, False) for interleaved in (0, 1)],
+    "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True)],
+    "apply_rotary_": [(*rotary_operands(), COS[None], SIN[None], True, False)],
+    "attention": [
+        (*leaves(*attention_operands()), None, 0, 0.25, None),
+        (*leaves(*attention_operands(1)), 4, None, 1.0, 5.0),
+    ],
+    "attention_inference": [(*(t.bfloat16() for t in attention_operands()), None, None, 0.25, None)],
+    "attention_backward": [(*attention_and_gradients(), 4, 0, 0.25, None)],
+}
+
+
+def registered():
+    names = (name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nearpeak::"))
+    return sorted(name.removeprefix("nearpeak::") for name in names)
+
+
+def test_every_operator_has_samples():
+    assert sorted(SAMPLES) == registered()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    operator = getattr(torch.ops.nearpeak, name).default
+    for arguments in SAMPLES[name]:
+        torch.library.opcheck(operator, arguments)
+
+
+class Layer(NamedTuple):
+    """A public function of tensors alone, and tensors for it."""
+
+    function: callable
+    inputs: tuple
+    # The tensors' dimension that a model varies, per input.
+    varying: tuple
+
+
+LAYERS = {
+    "rms_norm": Layer(lambda x, w: nearpeak.rms_norm(x, w, offset=1.0), norm_operands(), (1, None)),
+    "add_rms_norm": Layer(lambda x, r: nearpeak.rms_norm(x, residual=r), (X, X + 1), (1, 1)),
+    "rotary": Layer(lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s), (*rotary_operands(), COS, SIN), (2, 2, 0, 0)),
+    "rotary_interleaved": Layer(
+        lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, interleaved=True),
+        (*rotary_operands(), COS, SIN),
+        (2, 2, 0, 0),
+    ),
+    "attention": Layer(
+        lambda q, k, v: nearpeak.attention(q, k, v, causal=True, window=(4, None), softcap=5.0, return_lse=True),
+        attention_operands(),
+        (2, None, None),
+    ),
+    "sdpa": Layer(
+        lambda q, k, v: nearpeak.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        attention_operands(),
+        (2, None, None),
+    ),
+    "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
+}
+FAMILIES = ["add_rms_norm", "rotary", "attention"]
+
+
+def results(function, inputs):
+    """Outputs, and gradients of the inputs that may want one (a rotary table may not)."""
+    wanted = inputs[:2] if len(inputs) == 4 else inputs
+    parts = [t.detach().requires_grad_() for t in wanted]
+    outputs = function(*parts, *inputs[len(wanted) :])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = torch.autograd.grad(outputs, parts, [randn(*t.shape, seed=7 + i) for i, t in enumerate(outputs)])
+    return *(t.detach() for t in outputs), *gradients
+
+
+def assert_equal(mine, expected):
+    assert len(mine) == len(expected)
+    for a, b in zip(mine, expected, strict=True):
+        assert a.stride() == b.stride()
+        assert torch.equal(a, b)
+
+
+def shorter(layer, by):
+    """Copies of the layer's inputs with `by` fewer elements along the dimensions that vary."""
+    parts = zip(layer.inputs, layer.varying, strict=True)
+    narrowed = (t if dim is None else t.narrow(dim, 0, t.shape[dim] - by) for t, dim in parts)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in narrowed)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_without_graph_break(name, backend):
+    layer = LAYERS[name]
+    compiled = torch.compile(layer.function, fullgraph=True, backend=backend)
+    assert_equal(results(compiled, layer.inputs), results(layer.function, layer.inputs))
+    with torch.no_grad():
+        mine, expected = compiled(*layer.inputs), layer.function(*layer.inputs)
+    assert_equal(*((t if isinstance(t, tuple) else (t,)) for t in (mine, expected)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compiles_with_inductor(name):
+    layer = LAYERS[name]
+    compiled = torch.compile(layer.function, fullgraph=True)
+    for mine, expected in zip(results(compiled, layer.inputs), results(layer.function, layer.inputs), strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_for_all_lengths_at_once(name):
+    layer = LAYERS[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer.function, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for by in (0, 1, 2):
+        assert_equal(results(compiled, shorter(layer, by)), results(layer.function, shorter(layer, by)))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_code_follows_use_backend(name):
+    layer = LAYERS[name]
+    compiled = torch.compile(layer.function, fullgraph=True, backend="aot_eager")
+    dispatched = results(compiled, layer.inputs)
+    with nearpeak.use_backend("reference"):
+        for mine, expected in zip(results(compiled, layer.inputs), results(layer.function, layer.inputs), strict=True):
+            torch.testing.assert_close(mine, expected)
+    assert_equal(results(compiled, layer.inputs), dispatched)
+
+
+def test_writing_functions_compile():
+    def write(x, query, key):
+        out = torch.empty_like(x)
+        nearpeak.rms_norm(x, out=out)
+        nearpeak.rms_norm(x, residual=out, out=(out, x))
+        return out, x, *nearpeak.apply_rotary(query, key, COS, SIN, inplace=True)
+
+    compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
+    arguments = [t.clone() for t in (X, *rotary_operands())]
+    again = [t.clone() for t in arguments]
+    with torch.no_grad():
+        mine, expected = compiled(*arguments), write(*again)
+    for a, b in zip((*mine, *arguments), (*expected, *again), strict=True):
+        assert torch.equal(a, b)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_exports(name, strict):
+    layer = LAYERS[name]
+    varying = tuple(None if d is None else {d: torch.export.Dim.DYNAMIC} for d in layer.varying)
+    program = torch.export.export(Module(layer.function), shorter(layer, 0), dynamic_shapes=(varying,), strict=strict)
+    assert any("nearpeak" in str(node.target) for node in program.graph.nodes)
+    with torch.no_grad():
+        for by in (0, 1):
+            mine, expected = program.module()(*shorter(layer, by)), layer.function(*shorter(layer, by))
+            assert_equal(*((t if isinstance(t, tuple) else (t,)) for t in (mine, expected)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_vmap_is_a_loop(name):
+    layer = LAYERS[name]
+    stacked = [torch.stack([t, t.flip(0)]) for t in layer.inputs]
+    with torch.no_grad():
+        together = torch.vmap(layer.function)(*stacked)
+        one_by_one = [layer.function(*inputs) for inputs in zip(*stacked, strict=True)]
+    if isinstance(together, tuple):
+        one_by_one = zip(*one_by_one, strict=True)
+    else:
+        together, one_by_one = (together,), [one_by_one]
+    for mine, expected in zip(together, one_by_one, strict=True):
+        assert torch.equal(mine, torch.stack(list(expected)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_activation_checkpointing_changes_nothing(serving, name):
+    layer = LAYERS[name]
+
+    def checkpointed(*inputs):
+        return torch.utils.checkpoint.checkpoint(layer.function, *inputs, use_reentrant=False)
+
+    assert_equal(results(checkpointed, layer.inputs), results(layer.function, layer.inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "sdpa"])
+def test_autocast_leaves_dtypes_alone(serving, name):
+    """As it leaves F.rms_norm and eager arithmetic alone; the drop-in for torch's SDPA casts (test_sdpa.py)."""
+    layer = LAYERS[name]
+
+    def inside(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer.function(*inputs)
+
+    assert_equal(results(inside, layer.inputs), results(layer.function, layer.inputs))
+
+
+def sizeable(name):
+    """Inputs large enough that the kernels share them out over threads."""
+    if "rms" in name.lower():
+        return tuple(randn(400, 17, seed=i) if t.dim() > 1 else t for i, t in enumerate(LAYERS[name].inputs))
+    if "rotary" in name:
+        return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
+    return randn(2, 8, 200, 16), randn(2, 2, 300, 16, seed=1), randn(2, 2, 300, 16, seed=2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_bits_at_every_call(serving, name, threads):
+    torch.set_num_threads(threads)
+    first = results(LAYERS[name].function, sizeable(name))
+    for _ in range(3):
+        assert_equal(results(LAYERS[name].function, sizeable(name)), first)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "decode"])
+def test_same_bits_in_one_thread_and_in_two(serving, name):
+    layer = LAYERS["sdpa" if name == "decode" else name].function
+    inputs = tuple(randn(1, heads, length, 64) for heads, length in ((4, 1), (1, 3000), (1, 3000)))
+    inputs = inputs if name == "decode" else sizeable(name)
+    first = results(layer, inputs)
+    torch.set_num_threads(2)
+    assert_equal(results(layer, inputs), first)
+
+
+def test_python_threads_may_call_at_once(serving):
+    expected = {name: results(layer.function, layer.inputs) for name, layer in LAYERS.items()}
+
+    def call(name):
+        return name, results(LAYERS[name].function, LAYERS[name].inputs)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for name, mine in pool.map(call, [*LAYERS] * 6):
+            assert_equal(mine, expected[name])
+
+
+@pytest.mark.parametrize("weight", [None, randn(17, dtype=torch.float64, seed=2)], ids=["plain", "weight"])
+def test_gradient_formula_of_rms_norm_is_the_derivative(weight):
+    x, grad, grad_hidden = (randn(4, 17, dtype=torch.float64, seed=i) for i in range(3))
+    inputs = (x, x.flip(0)) if weight is None else (x, x.flip(0), weight)
+
+    def forward(x, residual, weight=None):
+        return norm_reference.add_rms_norm(x, residual, weight, 1e-3, 1.0)
+
+    expected = plain.value_and_gradients(forward, inputs, (grad, grad_hidden))[2:]
+    d_hidden, d_weight = norm_reference.rms_norm_backward(grad, x + x.flip(0), weight, grad_hidden, 1e-3, 1.0)
+    torch.testing.assert_close(d_hidden, expected[0])
+    if weight is not None:
+        torch.testing.assert_close(d_weight, expected[2])
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [(None, None), (3, 0), (None, -13)], ids=str)
+def test_gradient_formula_of_attention_is_the_derivative(window, softcap):
+    inputs = plain.doubled(attention_operands())
+    options = (*window, 0.4, softcap)
+    out, lse = attention_reference.attention(*inputs, *options)
+    grads = randn(*out.shape, dtype=torch.float64, seed=5), randn(*lse.shape, dtype=torch.float64, seed=6)
+    mine = attention_reference.attention_backward(*grads, *inputs, out, lse, *options)
+    expected = plain.value_and_gradients(lambda *qkv: attention_reference.attention(*qkv, *options), inputs, grads)
+    for a, b in zip(mine, expected[2:], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradcheck_of_the_references(name):
+    layer = LAYERS[name]
+    wanted = layer.inputs[:2] if len(layer.inputs) == 4 else layer.inputs
+    parts = [t[..., :3, :].double().requires_grad_() if t.dim() > 1 else t.double().requires_grad_() for t in wanted]
+    tables = [t[:3].double() for t in layer.inputs[len(wanted) :]]
+    function = layer.function.double() if isinstance(layer.function, torch.nn.Module) else layer.function
+    assert torch.autograd.gradcheck(lambda *t: function(*t, *tables), parts, fast_mode=True)
+    if isinstance(layer.function, torch.nn.Module):
+        layer.function.float()
+
+
+OVERHEAD_LIMIT = 3e-6
+SMALL = {
+    "rms_norm": (nearpeak.rms_norm, (randn(1, 64), randn(64))),
+    "rotary": (nearpeak.apply_rotary, (randn(1, 1, 1, 64), randn(1, 1, 1, 64), randn(1, 32), randn(1, 32))),
+    "attention": (nearpeak.attention, (randn(1, 1, 1, 64),) * 3),
+}
+
+
+def seconds_a_call(function, arguments, calls=500):
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(*arguments)
+    return (time.perf_counter() - start) / calls
+
+
+@pytest.mark.skipif(backends.native.missing is not None, reason=f"no C++ kernels: {backends.native.missing}")
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_call_costs_little_more_than_relu(name):
+    """The fastest of many interleaved runs, so that a busy machine does not decide."""
+    function, arguments = SMALL[name]
+    torch.use_deterministic_algorithms(False)
+    runs = [(seconds_a_call(torch.relu, arguments[:1]), seconds_a_call(function, arguments)) for _ in range(60)]
+    relu, mine = (min(column) for column in zip(*runs, strict=True))
+    assert mine - relu <= OVERHEAD_LIMIT, f"{name}: {mine * 1e6:.2f} us, torch.relu {relu * 1e6:.2f} us"
