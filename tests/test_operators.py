@@ -1,7 +1,6 @@
-"""The operators as PyTorch's machinery sees them: opcheck, compile, export, checkpointing, threads, overhead."""
+"""The operators as PyTorch's machinery sees them: opcheck, compile, export, checkpointing, threads."""
 
 import concurrent.futures
-import time
 from typing import NamedTuple
 
 import nearpeak
@@ -9,7 +8,6 @@ import plain
 import pytest
 import torch
 from inputs import randn, sequence_first
-from nearpeak import backends
 from nearpeak.attention import reference as attention_reference
 from nearpeak.norm import reference as norm_reference
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -335,29 +333,3 @@ def test_gradcheck_of_the_references(name):
     assert torch.autograd.gradcheck(lambda *t: function(*t, *tables), parts, fast_mode=True)
     if isinstance(layer.function, torch.nn.Module):
         layer.function.float()
-
-
-OVERHEAD_LIMIT = 3e-6
-SMALL = {
-    "rms_norm": (nearpeak.rms_norm, (randn(1, 64), randn(64))),
-    "rotary": (nearpeak.apply_rotary, (randn(1, 1, 1, 64), randn(1, 1, 1, 64), randn(1, 32), randn(1, 32))),
-    "attention": (nearpeak.attention, (randn(1, 1, 1, 64),) * 3),
-}
-
-
-def seconds_a_call(function, arguments, calls=500):
-    start = time.perf_counter()
-    for _ in range(calls):
-        function(*arguments)
-    return (time.perf_counter() - start) / calls
-
-
-@pytest.mark.skipif(backends.native.missing is not None, reason=f"no C++ kernels: {backends.native.missing}")
-@pytest.mark.parametrize("name", SMALL)
-def test_a_small_call_costs_little_more_than_relu(name):
-    """The fastest of many interleaved runs, so that a busy machine does not decide."""
-    function, arguments = SMALL[name]
-    torch.use_deterministic_algorithms(False)
-    runs = [(seconds_a_call(torch.relu, arguments[:1]), seconds_a_call(function, arguments)) for _ in range(60)]
-    relu, mine = (min(column) for column in zip(*runs, strict=True))
-    assert mine - relu <= OVERHEAD_LIMIT, f"{name}: {mine * 1e6:.2f} us, torch.relu {relu * 1e6:.2f} us"
