@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the C++ kernels under sanitizers: `make sanitize`.
 #
-# They get a build of their own, installed into a folder under build/ with nothing else changed; their runtimes must be the
+# They get a build of their own, installed into a folder under build/; their runtimes must be the
 # first libraries of the Python process, hence LD_PRELOAD. ThreadSanitizer is not among them: it does not see OpenMP's
 # barriers and reports every parallel loop of torch itself.
 set -euo pipefail

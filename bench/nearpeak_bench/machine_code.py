@@ -208,9 +208,10 @@ def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: in
     query, key = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 8, length, head_dim, dtype=dtype)
     table = _empty(1, length, head_dim // 2, dtype=torch.float32)
     pairs = "interleaved" if interleaved else "halves"
-    wide = head_dim // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    # The pairs of one position alone are fewer than 16 bytes for each thread of a warp.
+    wide = length > 1 and head_dim // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(
-        f"rotary {pairs} {head_dim} {_name(dtype)}",
+        f"rotary {pairs} {head_dim} {_name(dtype)} {length} positions",
         lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False),
         wide=wide,
     )

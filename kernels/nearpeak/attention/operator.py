@@ -34,9 +34,7 @@ def _attention_gradient(ctx, grad_out, grad_lse):
     query, key, value, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = torch.ops.nearpeak.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.options
-    )
+    gradients = torch.ops.nearpeak.attention_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
     return *gradients, None, None, None, None
 
 
@@ -97,9 +95,7 @@ def _check_options(window, softcap):
         raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
 
 
-def attention(
-    query, key, value, *, causal=False, window=(None, None), scale=None, softcap=None, return_lse=False
-):
+def attention(query, key, value, *, causal=False, window=(None, None), scale=None, softcap=None, return_lse=False):
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
 
         scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)

@@ -34,9 +34,7 @@ def _save_for_add_rms_norm(ctx, inputs, output):
 
 def _add_rms_norm_gradient(ctx, grad, grad_hidden):
     hidden, weight = ctx.saved_tensors
-    d_hidden, d_weight = torch.ops.nearpeak.rms_norm_backward(
-        grad, hidden, weight, grad_hidden, ctx.eps, ctx.offset
-    )
+    d_hidden, d_weight = torch.ops.nearpeak.rms_norm_backward(grad, hidden, weight, grad_hidden, ctx.eps, ctx.offset)
     return d_hidden, d_hidden, None if weight is None else d_weight, None, None
 
 

@@ -41,10 +41,10 @@ def rms_norm_out(x, weight, residual, eps, offset, out, residual_out):
 def rms_norm_backward(grad, hidden, weight, grad_hidden, eps, offset):
     """Gradients of y and of the returned residual with respect to `hidden` and `weight`.
 
-        r        = 1 / sqrt(mean(hidden^2) + eps)
-        g        = grad * (offset + weight)
-        d_hidden = r * (g - hidden * r^2 * mean(g * hidden)) + grad_hidden
-        d_weight = sum over rows of grad * hidden * r           (empty without a weight)
+    r        = 1 / sqrt(mean(hidden^2) + eps)
+    g        = grad * (offset + weight)
+    d_hidden = r * (g - hidden * r^2 * mean(g * hidden)) + grad_hidden
+    d_weight = sum over rows of grad * hidden * r           (empty without a weight)
     """
     dtype = accumulation_dtype(hidden.dtype)
     wide, g = hidden.to(dtype), grad.to(dtype)
