@@ -86,9 +86,9 @@ def standards_of(case, draws):
     return standards([plains_of(case, draws)], exacts_of(case, draws))
 
 
-def draws_of(case, dtype):
+def draws_of(case, dtype, count=DRAWS):
     """Few of the widest: torch's own backward takes half a second there."""
-    draws = range(DRAWS if case.width < 100_000 else 2)
+    draws = range(count if case.width < 100_000 else 2)
     return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in draws]
 
 
@@ -325,7 +325,7 @@ def cases(draw):
 def test_random_cases_are_as_exact_as_plain(serving, dtype, examples):
     @for_all(examples, case=cases())
     def check(case):
-        draws = draws_of(case, dtype)
+        draws = draws_of(case, dtype, examples.draws)
         assert_as_exact(results(case, draws), standards_of(case, draws))
 
 

@@ -153,7 +153,7 @@ def _rotary_class(module):
     """The class that serves the module's rotary embedding, and what serves it; or None and why not."""
     original = rotary.original_of(module)
     if original is None:
-        return None, "its forward is wrapped by a decorator"
+        return None, "its forward is wrapped by a decorator that cannot be rebuilt"
     interleaved = rotary.interleaving_of(original)
     if interleaved is None:
         return None, f"its {rotary.NAME} computes another embedding"
@@ -240,5 +240,6 @@ def _hides_window(layer) -> bool:
     """Whether a causal layer of a model with a sliding window leaves the window to the mask alone."""
     if getattr(getattr(layer, "config", None), "sliding_window", None) is None:
         return False
-    names = {name for const in type(layer).forward.__code__.co_consts if isinstance(const, tuple) for name in const}
+    code = inspect.unwrap(type(layer).forward).__code__
+    names = {name for const in code.co_consts if isinstance(const, tuple) for name in const}
     return getattr(layer, "is_causal", True) and "sliding_window" not in names

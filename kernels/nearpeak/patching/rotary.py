@@ -26,15 +26,34 @@ SAME_FORMULA = 1e-5
 @functools.cache
 def serving_class(base: type, original: Callable, interleaved: bool) -> type:
     """The subclass of the attention class `base` whose forward turns query and key by `nearpeak.apply_rotary`."""
-    code = base.forward
-    names = {**code.__globals__, NAME: _replacement(original, interleaved)}
-    # torch.compile takes the globals of a function that has a __name__ for its module's, and guards on those.
-    names.pop("__name__", None)
-    forward = types.FunctionType(code.__code__, names, code.__name__, code.__defaults__, code.__closure__)
-    forward.__kwdefaults__ = code.__kwdefaults__
-    functools.update_wrapper(forward, code)
-    del forward.__wrapped__
+    forward = _rebuilt(base.forward, _replacement(original, interleaved))
     return serving_subclass(base, forward, serving_class, (base, original, interleaved))
+
+
+def _rebuilt(function: types.FunctionType, replacement: Callable) -> types.FunctionType:
+    """`function`, and the decorators around it, over globals in which NAME means `replacement`."""
+    names, closure = function.__globals__, function.__closure__
+    inner = None if NAME in function.__code__.co_names else _rebuilt(function.__wrapped__, replacement)
+    if inner is None:
+        names = {**names, NAME: replacement}
+        # torch.compile takes the globals of a function that has a __name__ for its module's, and guards on those.
+        names.pop("__name__", None)
+    else:
+        closure = tuple(types.CellType(inner) if _holds(cell, function.__wrapped__) else cell for cell in closure)
+    rebuilt = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    rebuilt.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(rebuilt, function)
+    del rebuilt.__wrapped__
+    if inner is not None:
+        rebuilt.__wrapped__ = inner
+    return rebuilt
+
+
+def _holds(cell: types.CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False
 
 
 def _replacement(original: Callable, interleaved: bool) -> Callable:
@@ -70,11 +89,19 @@ def calls_rotary(module: torch.nn.Module) -> bool:
 
 
 def original_of(module: torch.nn.Module) -> Callable | None:
-    """The function that the module's forward calls, where that forward can be rebuilt over other globals."""
-    forward = type(module).forward
-    if not isinstance(forward, types.FunctionType) or NAME not in forward.__code__.co_names:
-        return None
-    return forward.__globals__.get(NAME)
+    """The function that the module's forward calls, where that forward can be rebuilt over other globals.
+
+    Decorators around it are rebuilt too, as long as each keeps what it wraps in its closure, as functools.wraps has it.
+    """
+    function = type(module).forward
+    while isinstance(function, types.FunctionType):
+        if NAME in function.__code__.co_names:
+            return function.__globals__.get(NAME)
+        inner = getattr(function, "__wrapped__", None)
+        if not any(_holds(cell, inner) for cell in function.__closure__ or ()):
+            return None
+        function = inner
+    return None
 
 
 @torch.no_grad()
