@@ -37,8 +37,8 @@ INSTRUCTION_SETS = {
 }
 # The stable ABI of torch 2.10: what is built against any later torch runs with every one from 2.10 on.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Multiply-adds may fuse; nothing that changes results otherwise.
-OPTIMISATION = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+# Multiply-adds may fuse; nothing else that changes results. Python's own -fwrapv costs bfloat16 norms half their speed.
+OPTIMISATION = ["-O3", "-g0", "-fno-wrapv", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 # GCC 12 warns of its own AVX-512 headers, and of torch's.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
 

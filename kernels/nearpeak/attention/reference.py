@@ -90,7 +90,8 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
     with _exact(query.device):
         products = _scaled_products(q, k, scale)
         probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
-        d_value = torch.einsum("bhgqk,bhgqd->bhkd", probabilities, d_out)
+        # Summed over queries first: one sum over queries and group is so long that float32 shows it.
+        d_value = torch.einsum("bhgqk,bhgqd->bhgkd", probabilities, d_out).sum(2)
         d_scores = torch.einsum("bhgqd,bhkd->bhgqk", d_out, v)
         d_scores = d_scores - (probabilities * d_scores).sum(-1, keepdim=True)
         if grad_lse is not None:
@@ -99,6 +100,6 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
         if softcap is not None:
             d_scores = d_scores * (1 - torch.tanh(products / softcap).square())
         d_query = scale * torch.einsum("bhgqk,bhkd->bhgqd", d_scores, k).flatten(1, 2)
-        d_key = scale * torch.einsum("bhgqk,bhgqd->bhkd", d_scores, q)
+        d_key = scale * torch.einsum("bhgqk,bhgqd->bhgkd", d_scores, q).sum(2)
     gradients = ((query, d_query), (key, d_key), (value, d_value))
     return tuple(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients)
