@@ -72,6 +72,22 @@ Dtype dtype_of(const Tensor& tensor) {
     }
 }
 
+bool same_shape(const Tensor& a, const Tensor& b) {
+    const auto sizes = a.sizes(), others = b.sizes();
+    return std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
+}
+
+bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32) {
+    const auto dtype = tensor.scalar_type();
+    const bool fits = dtype == like.scalar_type() || (or_float32 && dtype == torch::headeronly::ScalarType::Float);
+    return fits && tensor.is_cpu();
+}
+
+bool dense_last(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    return sizes.empty() || sizes.back() <= 1 || tensor.strides().back() == 1 || tensor.numel() == 0;
+}
+
 Tensor empty_laid_out_like(const Tensor& like) { return empty_laid_out_like(like, like.sizes().data()); }
 
 Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes) {

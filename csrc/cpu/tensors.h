@@ -22,6 +22,16 @@ constexpr int kMaxDims = 16;
 
 Dtype dtype_of(const Tensor& tensor);
 
+// What every operator checks before its kernel runs, at some 20 ns each. The message is for callers of torch.ops:
+// the public functions in Python then check again and raise what names the argument.
+inline void require(bool fits, const char* operator_name) {
+    STD_TORCH_CHECK(fits, "nearpeak::", operator_name, ": the arguments do not fit its documentation");
+}
+bool same_shape(const Tensor& a, const Tensor& b);
+// On the CPU and of the dtype of `like`, or else of float32 where `or_float32`.
+bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32 = false);
+bool dense_last(const Tensor& tensor);
+
 // A new CPU tensor of `sizes`, dense, the outer dimensions in the order of like's strides (largest outermost, equal
 // ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same rule.
 Tensor empty_laid_out_like(const Tensor& like);

@@ -1,5 +1,6 @@
 // The CPU kernel of the operator that kernels/nearpeak/attention/operator.py defines: cuts a call into tasks.
 
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -13,6 +14,8 @@ namespace {
 
 const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 
+// As in kernels/nearpeak/attention/operator.py.
+constexpr int64_t kMaxHeadDim = 256;
 // Up to this many rows the decode kernel is the faster one (Zen 3, float32 and bfloat16, 4096 x 128).
 constexpr int64_t kFewRows = 2 * kDecodeRows;
 // Fewest keys worth a task of their own, and tasks per thread that let uneven ones even out.
@@ -25,6 +28,16 @@ Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stri
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<double>& softcap) {
+    if (query.dim() != 4 || key.dim() != 4 || !query.is_cpu() || !same_kind(key, query) || !same_kind(value, query)) {
+        return false;
+    }
+    const auto q = query.sizes(), k = key.sizes();
+    return same_shape(value, key) && k[0] == q[0] && k[3] == q[3] && q[3] >= 1 && q[3] <= kMaxHeadDim &&
+           (k[1] == 0 ? q[1] == 0 : q[1] % k[1] == 0) && dense_last(query) && dense_last(key) && dense_last(value) &&
+           (!softcap || (*softcap > 0 && std::isfinite(*softcap)));
+}
 
 // Tasks of many rows, those with the most keys first, so that no thread is left alone with a long one.
 std::vector<Task> prefill_tasks(const Forward& p) {
@@ -90,6 +103,7 @@ void run_decode(const Forward& p, const Kernels& kernels) {
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                      std::optional<int64_t> window_left, std::optional<int64_t> window_right,
                                      double scale, std::optional<double> softcap) {
+    require(fits(query, key, value, softcap), "attention");
     constexpr int64_t kOpen = int64_t{1} << 60;
     Tensor out = empty_laid_out_like(query);
     Tensor lse = empty_floats({query.size(0), query.size(1), query.size(2)});

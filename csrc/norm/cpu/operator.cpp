@@ -21,6 +21,16 @@ bool aligned(const void* pointer, int64_t row_bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0 && row_bytes % 64 == 0;
 }
 
+bool is_weight_of(const std::optional<Tensor>& weight, const Tensor& x) {
+    return !weight || (weight->dim() == 1 && weight->size(0) == x.sizes().back() && same_kind(*weight, x, true));
+}
+
+bool is_like(const std::optional<Tensor>& tensor, const Tensor& x) {
+    return !tensor || (same_shape(*tensor, x) && same_kind(*tensor, x));
+}
+
+bool has_width(const Tensor& x) { return x.dim() > 0 && x.sizes().back() > 0 && x.is_cpu(); }
+
 void run_forward(const Tensor& x_any, const std::optional<Tensor>& weight_any,
                  const std::optional<Tensor>& residual_any, double eps, double offset, const Tensor& y,
                  const Tensor* hidden, bool reused) {
@@ -55,6 +65,7 @@ void run_forward(const Tensor& x_any, const std::optional<Tensor>& weight_any,
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, double offset) {
+    require(has_width(x) && is_weight_of(weight, x), "rms_norm");
     Tensor y = empty_laid_out_like(x);
     run_forward(x, weight, std::nullopt, eps, offset, y, nullptr, false);
     return y;
@@ -62,6 +73,7 @@ Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
                                         double eps, double offset) {
+    require(has_width(x) && is_like(residual, x) && is_weight_of(weight, x), "add_rms_norm");
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
     run_forward(x, weight, residual, eps, offset, y, &hidden, false);
     return {y, hidden};
@@ -69,6 +81,10 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 
 void rms_norm_out(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
                   double eps, double offset, Tensor out, std::optional<Tensor> residual_out) {
+    require(has_width(x) && is_like(residual, x) && is_weight_of(weight, x) && is_like(out, x) && out.is_contiguous() &&
+                is_like(residual_out, x) && residual.has_value() == residual_out.has_value() &&
+                (!residual_out || residual_out->is_contiguous()),
+            "rms_norm_out");
     run_forward(x, weight, residual, eps, offset, out, residual_out ? &*residual_out : nullptr, true);
 }
 
@@ -79,6 +95,9 @@ constexpr int64_t kParts = 32, kRowsPerPart = 16;
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_any, const Tensor& hidden_any,
                                              const std::optional<Tensor>& weight_any,
                                              const std::optional<Tensor>& grad_hidden_any, double eps, double offset) {
+    require(has_width(hidden_any) && is_like(grad_any, hidden_any) && is_weight_of(weight_any, hidden_any) &&
+                is_like(grad_hidden_any, hidden_any),
+            "rms_norm_backward");
     Tensor d_hidden = empty_laid_out_like(hidden_any);
     const RowsOf grad(grad_any, d_hidden), hidden(hidden_any, d_hidden);
     std::optional<RowsOf> grad_hidden;

@@ -14,6 +14,37 @@ const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 // heads pass, and that a task is worth a thread (waking one costs about 5 us, the time of 16384 elements).
 constexpr int64_t kPositions = 16, kElementsPerTask = 16384;
 
+bool are_heads(const Tensor& query, const Tensor& key) {
+    if (query.dim() != 4 || key.dim() != 4 || !query.is_cpu() || !same_kind(key, query)) return false;
+    const auto sizes = query.sizes(), key_sizes = key.sizes();
+    return key_sizes[0] == sizes[0] && key_sizes[2] == sizes[2] && key_sizes[3] == sizes[3] && sizes[3] > 0 &&
+           sizes[3] % 2 == 0 && dense_last(query) && dense_last(key);
+}
+
+// (sequence, width) or (batch or 1, sequence, width), of which the first head_dim / 2 columns are read.
+bool is_table(const Tensor& table, const Tensor& query) {
+    const auto sizes = table.sizes(), of = query.sizes();
+    const size_t dims = sizes.size();
+    return (dims == 2 || (dims == 3 && (sizes[0] == 1 || sizes[0] == of[0]))) && sizes[dims - 2] == of[2] &&
+           (sizes[dims - 1] == of[3] / 2 || sizes[dims - 1] == of[3]) && same_kind(table, query, true) &&
+           dense_last(table);
+}
+
+bool are_tables(const Tensor& cos, const Tensor& sin, const Tensor& query) {
+    return is_table(cos, query) && same_shape(sin, cos) && same_kind(sin, cos) && dense_last(sin);
+}
+
+// Whether every element has a place of its own.
+bool is_writable(const Tensor& tensor) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    for (size_t dim = 0; dim < sizes.size(); ++dim) {
+        if (strides[dim] == 0 && sizes[dim] > 1) return false;
+    }
+    return true;
+}
+
+int64_t batch_stride(const Tensor& table) { return table.dim() == 3 && table.size(0) > 1 ? table.stride(0) : 0; }
+
 Heads heads_of(const Tensor& from, const Tensor& to) {
     Heads x{};
     x.from = from.const_data_ptr();
@@ -38,10 +69,10 @@ void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor
     p.key = heads_of(key, key_out);
     p.cos = cos.const_data_ptr();
     p.sin = sin.const_data_ptr();
-    p.cos_batch = cos.size(0) == 1 ? 0 : cos.stride(0);
-    p.cos_position = cos.stride(1);
-    p.sin_batch = sin.size(0) == 1 ? 0 : sin.stride(0);
-    p.sin_position = sin.stride(1);
+    p.cos_batch = batch_stride(cos);
+    p.cos_position = cos.stride(cos.dim() - 2);
+    p.sin_batch = batch_stride(sin);
+    p.sin_position = sin.stride(sin.dim() - 2);
     p.head_dim = head_dim;
     p.interleaved = interleaved;
     p.inverse = inverse;
@@ -60,6 +91,7 @@ void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor
 
 std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
                                         bool interleaved, bool inverse) {
+    require(are_heads(query, key) && are_tables(cos, sin, query), "apply_rotary");
     Tensor query_out = empty_laid_out_like(query), key_out = empty_laid_out_like(key);
     run(query, key, cos, sin, interleaved, inverse, query_out, key_out);
     return {query_out, key_out};
@@ -67,6 +99,9 @@ std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, 
 
 void apply_rotary_inplace(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin, bool interleaved,
                           bool inverse) {
+    require(are_heads(query, key) && are_tables(cos, sin, query) && is_writable(query) && is_writable(key) &&
+                (query.numel() == 0 || query.const_data_ptr() != key.const_data_ptr()),
+            "apply_rotary_");
     run(query, key, cos, sin, interleaved, inverse, query, key);
 }
 

@@ -8,7 +8,7 @@ import math
 import torch
 
 from .. import backends, operators
-from ..checks import check_dense_last, check_floating, check_same_kind
+from ..checks import check_dense_last, check_floating, check_same, check_same_kind
 from . import reference
 
 if backends.missing("triton") is None:
@@ -17,6 +17,7 @@ else:
     triton_kernels = None
 
 MAX_HEAD_DIM = 256
+OPEN = (None, None)
 
 
 def _shapes(query, key, value, window_left, window_right, scale, softcap):
@@ -36,29 +37,6 @@ def _attention_gradient(ctx, grad_out, grad_lse):
         grad_out = torch.zeros_like(out)
     gradients = torch.ops.nearpeak.attention_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
     return *gradients, None, None, None, None
-
-
-operators.define(
-    "attention(Tensor query, Tensor key, Tensor value, SymInt? window_left, SymInt? window_right, float scale, "
-    "float? softcap) -> (Tensor, Tensor)",
-    reference=reference.attention,
-    shapes=_shapes,
-    triton=triton_kernels and triton_kernels.attention,
-    backward=_attention_gradient,
-    setup_context=_save_for_attention,
-)
-operators.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, SymInt? window_left, SymInt? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
-    reference=reference.attention_backward,
-    shapes=lambda grad_out, grad_lse, query, key, value, *rest: tuple(
-        operators.empty_laid_out_like(t) for t in (query, key, value)
-    ),
-)
-
-# Looked up once: each attribute of torch.ops costs 0.1 us a call.
-_attention = torch.ops.nearpeak.attention.default
-_attention_inference = torch.ops.nearpeak.attention_inference.default
 
 
 def _check(query, key, value):
@@ -85,17 +63,59 @@ def _check(query, key, value):
         check_dense_last("value", value)
 
 
-def _check_options(window, softcap):
+def _check_window(window):
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise ValueError(f"window must be a pair (left, right) of integers or None, not {window!r}")
     for side in window:
         if side is not None and not isinstance(side, (int, torch.SymInt)):
             raise ValueError(f"window must be a pair (left, right) of integers or None, not {window!r}")
+
+
+def _check_softcap(softcap):
     if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
         raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
 
 
-def attention(query, key, value, *, causal=False, window=(None, None), scale=None, softcap=None, return_lse=False):
+def _check_forward(query, key, value, window_left, window_right, scale, softcap):
+    _check(query, key, value)
+    _check_softcap(softcap)
+
+
+def _check_backward(grad_out, grad_lse, query, key, value, out, lse, *options):
+    _check_forward(query, key, value, *options)
+    check_same("out", out, "query", query, "shape", "dtype", "device")
+    check_same("grad_out", grad_out, "query", query, "shape", "dtype", "device")
+    for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
+        if tensor is not None and (tensor.shape != query.shape[:3] or tensor.device != query.device):
+            raise ValueError(f"{name} must have query's shape without head_dim, and its device")
+
+
+operators.define(
+    "attention(Tensor query, Tensor key, Tensor value, SymInt? window_left, SymInt? window_right, float scale, "
+    "float? softcap) -> (Tensor, Tensor)",
+    check=_check_forward,
+    reference=reference.attention,
+    shapes=_shapes,
+    triton=triton_kernels and triton_kernels.attention,
+    backward=_attention_gradient,
+    setup_context=_save_for_attention,
+)
+operators.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor lse, SymInt? window_left, SymInt? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
+    reference=reference.attention_backward,
+    shapes=lambda grad_out, grad_lse, query, key, value, *rest: tuple(
+        operators.empty_laid_out_like(t) for t in (query, key, value)
+    ),
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_attention = torch.ops.nearpeak.attention.default
+_attention_inference = torch.ops.nearpeak.attention_inference.default
+
+
+def attention(query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None, return_lse=False):
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
 
         scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)
@@ -128,18 +148,25 @@ def attention(query, key, value, *, causal=False, window=(None, None), scale=Non
     >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 100, 64)
     >>> out, lse = nearpeak.attention(query, key, key, causal=True, window=(64, None), return_lse=True)
     """
-    _check(query, key, value)
-    _check_options(window, softcap)
+    if window is not OPEN:
+        _check_window(window)
+    if softcap is not None:
+        _check_softcap(softcap)
     left, right = window
     if causal:
         right = 0 if right is None else min(right, 0)
-    if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1])
-    if backends.reference_serves(query):
-        serve = reference.attention
-    elif operators.wants_gradient(query, key, value):
-        serve = _attention
-    else:
-        serve = _attention_inference
-    out, lse = serve(query, key, value, left, right, scale, softcap)
+    try:
+        if scale is None:
+            scale = 1.0 / math.sqrt(query.shape[-1])
+        if backends.reference_serves(query):
+            _check(query, key, value)
+            serve = reference.attention
+        elif operators.wants_gradient(query, key, value):
+            serve = _attention
+        else:
+            serve = _attention_inference
+        out, lse = serve(query, key, value, left, right, scale, softcap)
+    except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError):
+        _check(query, key, value)
+        raise
     return (out, lse) if return_lse else out

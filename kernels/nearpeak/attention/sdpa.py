@@ -6,21 +6,24 @@ from .. import backends
 from .operator import MAX_HEAD_DIM, attention
 
 
-def _why_torch_serves(query, key, value, attn_mask, dropout_p):
+def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
     if attn_mask is not None:
         return "attn_mask is given, which the kernels do not read yet"
     if dropout_p > 0.0:
         return "dropout_p > 0, which the kernels do not apply yet"
-    if not query.dim() == key.dim() == value.dim() == 4:
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(shape) == len(key_shape) == len(value_shape) == 4:
         return "query, key and value are not all four-dimensional"
-    if value.shape != key.shape:
+    if value_shape != key_shape:
         return "value and key differ in shape"
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+    if shape[0] != key_shape[0] or shape[3] != key_shape[3]:
         return "query and key differ in batch or head_dim"
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+    if not 1 <= shape[3] <= MAX_HEAD_DIM:
         return f"head_dim is not 1..{MAX_HEAD_DIM}"
-    if any(t.stride(-1) != 1 for t in (query, key, value)):
+    if shape[1] != key_shape[1] and not enable_gqa:
+        return "query and key differ in heads without enable_gqa"
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         return "a last dimension is not dense"
     return None
 
@@ -48,10 +51,7 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    why = _why_torch_serves(query, key, value, attn_mask, dropout_p)
-    same_heads = query.dim() == 4 and query.shape[1] == key.shape[1]
-    if why is None and not same_heads and not enable_gqa:
-        why = "query and key differ in heads without enable_gqa"
+    why = _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa)
     if why is not None:
         backends.because(f"{why}: torch's scaled_dot_product_attention serves it")
         return torch.nn.functional.scaled_dot_product_attention(

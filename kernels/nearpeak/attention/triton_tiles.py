@@ -21,24 +21,24 @@ class Tile(NamedTuple):
 # then the widest head_dim.
 FROM_SHARED_MEMORY = {
     2: {64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 16, 8, 2), 256: Tile(64, 16, 8, 2)},
+    4: {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 THROUGH_REGISTERS = {
     2: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    4: {64: Tile(64, 16, 8, 2), 128: Tile(64, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
+    4: {64: Tile(64, 16, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
 }
 AMD = {
     2: {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 4, 2), 256: Tile(64, 32, 8, 2)},
     4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 # A left window adds a third loop, and its registers: these rows of THROUGH_REGISTERS would spill.
-THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}, 4: {256: Tile(16, 16, 4, 2)}}
+THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}, 4: {64: Tile(64, 32, 8, 2), 256: Tile(16, 16, 4, 2)}}
 
 # Few rows, as in decoding, whatever the GPU: the smallest tile that matrix instructions take.
 FEW_ROWS = 16
 FEW = {
     2: {64: Tile(FEW_ROWS, 64, 4, 3), 128: Tile(FEW_ROWS, 32, 4, 4), 256: Tile(FEW_ROWS, 32, 4, 3)},
-    4: {64: Tile(FEW_ROWS, 32, 4, 3), 128: Tile(FEW_ROWS, 32, 4, 2), 256: Tile(FEW_ROWS, 16, 4, 2)},
+    4: {64: Tile(FEW_ROWS, 32, 4, 3), 128: Tile(FEW_ROWS, 16, 4, 2), 256: Tile(FEW_ROWS, 16, 4, 2)},
 }
 
 

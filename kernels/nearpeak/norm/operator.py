@@ -38,51 +38,7 @@ def _add_rms_norm_gradient(ctx, grad, grad_hidden):
     return d_hidden, d_hidden, None if weight is None else d_weight, None, None
 
 
-operators.define(
-    "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
-    reference=reference.rms_norm,
-    shapes=lambda x, weight, eps, offset: operators.empty_laid_out_like(x),
-    triton=triton_kernels and triton_kernels.rms_norm,
-    backward=_rms_norm_gradient,
-    setup_context=_save_for_rms_norm,
-)
-operators.define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
-    reference=reference.add_rms_norm,
-    shapes=lambda x, residual, weight, eps, offset: (
-        operators.empty_laid_out_like(x),
-        operators.empty_laid_out_like(x),
-    ),
-    triton=triton_kernels and triton_kernels.add_rms_norm,
-    backward=_add_rms_norm_gradient,
-    setup_context=_save_for_add_rms_norm,
-)
-operators.define(
-    "rms_norm_out(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset, "
-    "Tensor(a!) out, Tensor(b!)? residual_out) -> ()",
-    reference=reference.rms_norm_out,
-    shapes=lambda x, weight, residual, eps, offset, out, residual_out: None,
-    triton=triton_kernels and triton_kernels.rms_norm_out,
-)
-operators.define(
-    "rms_norm_backward(Tensor grad, Tensor hidden, Tensor? weight, Tensor? grad_hidden, float eps, float offset) "
-    "-> (Tensor, Tensor)",
-    reference=reference.rms_norm_backward,
-    shapes=lambda grad, hidden, weight, grad_hidden, eps, offset: (
-        operators.empty_laid_out_like(hidden),
-        hidden.new_empty(0) if weight is None else torch.empty_like(weight),
-    ),
-    triton=triton_kernels and triton_kernels.rms_norm_backward,
-)
-
-# Looked up once: each attribute of torch.ops costs 0.1 us a call.
-_rms_norm = torch.ops.nearpeak.rms_norm.default
-_rms_norm_inference = torch.ops.nearpeak.rms_norm_inference.default
-_add_rms_norm = torch.ops.nearpeak.add_rms_norm.default
-_add_rms_norm_inference = torch.ops.nearpeak.add_rms_norm_inference.default
-
-
-def _check(x, weight, residual, out):
+def _check(x, weight, residual=None):
     check_floating("x", x)
     shape = x.shape
     if not shape or shape[-1] == 0:
@@ -98,8 +54,6 @@ def _check(x, weight, residual, out):
             raise TypeError(f"weight must be {x.dtype} as x, or float32, not {weight.dtype}")
     if residual is not None:
         check_same("residual", residual, "x", x, "shape", "dtype", "device")
-    if out is not None:
-        _check_out(x, residual, out)
 
 
 def _check_out(x, residual, out):
@@ -112,6 +66,67 @@ def _check_out(x, residual, out):
         check_contiguous(name, tensor)
     if residual is not None and outs[0] is outs[1]:
         raise ValueError("out must be two different tensors: y and new_residual are both written")
+
+
+def _check_into(x, weight, residual, eps, offset, out, residual_out):
+    _check(x, weight, residual)
+    _check_out(x, residual, out if residual is None else (out, residual_out))
+
+
+def _check_backward(grad, hidden, weight, grad_hidden, eps, offset):
+    _check(hidden, weight)
+    check_same("grad", grad, "hidden", hidden, "shape", "dtype", "device")
+    if grad_hidden is not None:
+        check_same("grad_hidden", grad_hidden, "hidden", hidden, "shape", "dtype", "device")
+
+
+operators.define(
+    "rms_norm(Tensor x, Tensor? weight, float eps, float offset) -> Tensor",
+    check=lambda x, weight, eps, offset: _check(x, weight),
+    reference=reference.rms_norm,
+    shapes=lambda x, weight, eps, offset: operators.empty_laid_out_like(x),
+    triton=triton_kernels and triton_kernels.rms_norm,
+    backward=_rms_norm_gradient,
+    setup_context=_save_for_rms_norm,
+)
+operators.define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset) -> (Tensor, Tensor)",
+    check=lambda x, residual, weight, eps, offset: _check(x, weight, residual),
+    reference=reference.add_rms_norm,
+    shapes=lambda x, residual, weight, eps, offset: (
+        operators.empty_laid_out_like(x),
+        operators.empty_laid_out_like(x),
+    ),
+    triton=triton_kernels and triton_kernels.add_rms_norm,
+    backward=_add_rms_norm_gradient,
+    setup_context=_save_for_add_rms_norm,
+)
+operators.define(
+    "rms_norm_out(Tensor x, Tensor? weight, Tensor? residual, float eps, float offset, "
+    "Tensor(a!) out, Tensor(b!)? residual_out) -> ()",
+    check=_check_into,
+    reference=reference.rms_norm_out,
+    shapes=lambda x, weight, residual, eps, offset, out, residual_out: None,
+    triton=triton_kernels and triton_kernels.rms_norm_out,
+)
+operators.define(
+    "rms_norm_backward(Tensor grad, Tensor hidden, Tensor? weight, Tensor? grad_hidden, float eps, float offset) "
+    "-> (Tensor, Tensor)",
+    check=_check_backward,
+    reference=reference.rms_norm_backward,
+    shapes=lambda grad, hidden, weight, grad_hidden, eps, offset: (
+        operators.empty_laid_out_like(hidden),
+        hidden.new_empty(0) if weight is None else torch.empty_like(weight),
+    ),
+    triton=triton_kernels and triton_kernels.rms_norm_backward,
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_rms_norm = torch.ops.nearpeak.rms_norm.default
+_rms_norm_inference = torch.ops.nearpeak.rms_norm_inference.default
+_add_rms_norm = torch.ops.nearpeak.add_rms_norm.default
+_add_rms_norm_inference = torch.ops.nearpeak.add_rms_norm_inference.default
+_rms_norm_out = torch.ops.nearpeak.rms_norm_out.default
 
 
 def rms_norm(x, weight=None, eps=1e-6, *, residual=None, offset=0.0, out=None):
@@ -141,28 +156,30 @@ def rms_norm(x, weight=None, eps=1e-6, *, residual=None, offset=0.0, out=None):
     >>> y = nearpeak.rms_norm(x, weight, eps=1e-6, offset=1.0)
     >>> y, residual = nearpeak.rms_norm(x, weight, residual=torch.randn(4, 640))
     """
-    _check(x, weight, residual, out)
-    by_reference = backends.reference_serves(x)
     if out is not None:
-        return _rms_norm_into(out, x, weight, residual, eps, offset, by_reference)
-    if residual is None:
-        if by_reference:
-            return reference.rms_norm(x, weight, eps, offset)
-        if operators.wants_gradient(x, weight):
-            return _rms_norm(x, weight, eps, offset)
-        return _rms_norm_inference(x, weight, eps, offset)
-    if by_reference:
-        return reference.add_rms_norm(x, residual, weight, eps, offset)
-    if operators.wants_gradient(x, residual, weight):
-        return _add_rms_norm(x, residual, weight, eps, offset)
-    return _add_rms_norm_inference(x, residual, weight, eps, offset)
+        return _rms_norm_into(out, x, weight, residual, eps, offset)
+    try:
+        if backends.reference_serves(x):
+            _check(x, weight, residual)
+            if residual is None:
+                return reference.rms_norm(x, weight, eps, offset)
+            return reference.add_rms_norm(x, residual, weight, eps, offset)
+        recorded = operators.wants_gradient(x, weight, residual)
+        if residual is None:
+            return (_rms_norm if recorded else _rms_norm_inference)(x, weight, eps, offset)
+        return (_add_rms_norm if recorded else _add_rms_norm_inference)(x, residual, weight, eps, offset)
+    except (AttributeError, RuntimeError, TypeError):
+        _check(x, weight, residual)
+        raise
 
 
-def _rms_norm_into(out, x, weight, residual, eps, offset, by_reference):
+def _rms_norm_into(out, x, weight, residual, eps, offset):
+    _check(x, weight, residual)
+    _check_out(x, residual, out)
     if operators.wants_gradient(x, weight, residual):
         raise ValueError("out cannot be given where gradients are recorded: leave it out, or use torch.no_grad()")
     y, new_residual = (out, None) if residual is None else out
-    serve = reference.rms_norm_out if by_reference else torch.ops.nearpeak.rms_norm_out.default
+    serve = reference.rms_norm_out if backends.reference_serves(x) else _rms_norm_out
     serve(x, weight, residual, eps, offset, y, new_residual)
     operators.mark_written(y, new_residual)
     return out

@@ -29,32 +29,7 @@ def _dense_last(grad):
     return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
-operators.define(
-    "apply_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
-    "-> (Tensor, Tensor)",
-    reference=reference.apply_rotary,
-    shapes=lambda query, key, cos, sin, interleaved, inverse: (
-        operators.empty_laid_out_like(query),
-        operators.empty_laid_out_like(key),
-    ),
-    triton=triton_kernels and triton_kernels.apply_rotary,
-    backward=_rotary_gradient,
-    setup_context=_save_for_rotary,
-)
-operators.define(
-    "apply_rotary_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
-    reference=reference.apply_rotary_,
-    shapes=lambda query, key, cos, sin, interleaved, inverse: None,
-    triton=triton_kernels and triton_kernels.apply_rotary_,
-)
-
-# Looked up once: each attribute of torch.ops costs 0.1 us a call.
-_apply_rotary = torch.ops.nearpeak.apply_rotary.default
-_apply_rotary_inference = torch.ops.nearpeak.apply_rotary_inference.default
-_apply_rotary_ = torch.ops.nearpeak.apply_rotary_.default
-
-
-def _check(query, key):
+def _check_heads(query, key):
     check_floating("query", query)
     check_same_kind("key", key, "query", query)
     query_shape, key_shape = query.shape, key.shape
@@ -72,10 +47,9 @@ def _check(query, key):
     if query.stride(3) != 1 or key.stride(3) != 1:
         check_dense_last("query", query)
         check_dense_last("key", key)
-    return query_shape
 
 
-def _check_tables(cos, sin, query, query_shape):
+def _check_tables(cos, sin, query):
     check_floating("cos", cos)
     check_same_kind("sin", sin, "cos", cos)
     if cos.device != query.device:
@@ -85,7 +59,7 @@ def _check_tables(cos, sin, query, query_shape):
     shape = cos.shape
     if sin.shape != shape:
         raise ValueError(f"sin must have cos's shape, {tuple(shape)}, not {tuple(sin.shape)}")
-    batch, _, sequence, head_dim = query_shape
+    batch, _, sequence, head_dim = query.shape
     if not 2 <= len(shape) <= 3 or shape[-2] != sequence or (len(shape) == 3 and shape[0] not in (1, batch)):
         raise ValueError(
             f"cos and sin must be (sequence, width) or (batch or 1, sequence, width) with sequence {sequence}, "
@@ -93,18 +67,50 @@ def _check_tables(cos, sin, query, query_shape):
         )
     if shape[-1] not in (head_dim // 2, head_dim):
         raise ValueError(f"cos and sin must be head_dim / 2 = {head_dim // 2} or head_dim wide, not {shape[-1]}")
-
-
-def _as_operators_read(cos, sin, head_dim, interleaved):
-    """cos, sin as (batch or 1, sequence, at least head_dim / 2), of which the first head_dim / 2 columns are read."""
-    if cos.dim() == 2:
-        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    if interleaved and cos.shape[2] == head_dim:
-        return cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()
-    if cos.stride(2) != 1 or sin.stride(2) != 1:
+    if cos.stride(-1) != 1 or sin.stride(-1) != 1:
         check_dense_last("cos", cos)
         check_dense_last("sin", sin)
-    return cos, sin
+
+
+def _check(query, key, cos, sin, interleaved, inverse):
+    _check_heads(query, key)
+    _check_tables(cos, sin, query)
+
+
+def _check_written(query, key, cos, sin, interleaved, inverse):
+    _check(query, key, cos, sin, interleaved, inverse)
+    for name, tensor in (("query", query), ("key", key)):
+        if 0 in [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]:
+            raise ValueError(f"{name} must not be expanded where inplace is given: call {name}.contiguous() first")
+    if key is query:
+        raise ValueError("key must be another tensor than query where inplace is given: it would be turned twice")
+
+
+operators.define(
+    "apply_rotary(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+    "-> (Tensor, Tensor)",
+    check=_check,
+    reference=reference.apply_rotary,
+    shapes=lambda query, key, cos, sin, interleaved, inverse: (
+        operators.empty_laid_out_like(query),
+        operators.empty_laid_out_like(key),
+    ),
+    triton=triton_kernels and triton_kernels.apply_rotary,
+    backward=_rotary_gradient,
+    setup_context=_save_for_rotary,
+)
+operators.define(
+    "apply_rotary_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> ()",
+    check=_check_written,
+    reference=reference.apply_rotary_,
+    shapes=lambda query, key, cos, sin, interleaved, inverse: None,
+    triton=triton_kernels and triton_kernels.apply_rotary_,
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_apply_rotary = torch.ops.nearpeak.apply_rotary.default
+_apply_rotary_inference = torch.ops.nearpeak.apply_rotary_inference.default
+_apply_rotary_ = torch.ops.nearpeak.apply_rotary_.default
 
 
 def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
@@ -136,31 +142,29 @@ def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
     >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 10, 64)
     >>> query, key = nearpeak.apply_rotary(query, key, angles.cos(), angles.sin())
     """
-    query_shape = _check(query, key)
-    _check_tables(cos, sin, query, query_shape)
-    cos, sin = _as_operators_read(cos, sin, query_shape[3], interleaved)
-    by_reference = backends.reference_serves(query)
-    if not by_reference and operators.wants_gradient(cos, sin):
-        by_reference = True
-        backends.because("cos or sin wants a gradient, which no kernel computes: the plain PyTorch reference serves it")
-    if inplace:
-        return _apply_rotary_inplace(query, key, cos, sin, interleaved, by_reference)
-    if by_reference:
-        return reference.apply_rotary(query, key, cos, sin, interleaved, False)
-    if operators.wants_gradient(query, key):
-        return _apply_rotary(query, key, cos, sin, interleaved, False)
-    return _apply_rotary_inference(query, key, cos, sin, interleaved, False)
-
-
-def _apply_rotary_inplace(query, key, cos, sin, interleaved, by_reference):
-    if operators.wants_gradient(query, key, cos, sin):
-        raise ValueError("inplace cannot be used where gradients are recorded: leave it out, or use torch.no_grad()")
-    for name, tensor in (("query", query), ("key", key)):
-        if 0 in [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]:
-            raise ValueError(f"{name} must not be expanded where inplace is given: call {name}.contiguous() first")
-    if key is query:
-        raise ValueError("key must be another tensor than query where inplace is given: it would be turned twice")
-    serve = reference.apply_rotary_ if by_reference else _apply_rotary_
-    serve(query, key, cos, sin, interleaved, False)
+    check = _check_written if inplace else _check
+    try:
+        by_reference = backends.reference_serves(query)
+        recorded = operators.wants_gradient(query, key, cos, sin)
+        if recorded and inplace:
+            raise ValueError("inplace cannot be used where gradients are recorded: leave it out, or use torch.no_grad()")
+        if recorded and not by_reference and operators.wants_gradient(cos, sin):
+            by_reference = True
+            backends.because("cos or sin wants a gradient, which no kernel computes: the reference serves it")
+        if interleaved and cos.shape[-1] == query.shape[-1]:
+            cos, sin = cos[..., 0::2].contiguous(), sin[..., 0::2].contiguous()
+        if by_reference:
+            check(query, key, cos, sin, interleaved, False)
+            serve = reference.apply_rotary_ if inplace else reference.apply_rotary
+        elif inplace:
+            serve = _apply_rotary_
+        else:
+            serve = _apply_rotary if recorded else _apply_rotary_inference
+        turned = serve(query, key, cos, sin, interleaved, False)
+    except (AttributeError, RuntimeError, TypeError):
+        check(query, key, cos, sin, interleaved, False)
+        raise
+    if not inplace:
+        return turned
     operators.mark_written(query, key)
     return query, key

@@ -16,9 +16,11 @@ from ..operators import empty_laid_out_like
 
 
 def rotate(x, cos, sin, interleaved, inverse):
-    """x: (batch, heads, sequence, head_dim); cos, sin: (batch or 1, sequence, at least head_dim / 2). Laid out as x."""
+    """x: (batch, heads, sequence, head_dim); cos, sin: (sequence, at least head_dim / 2), or with a batch before."""
     wide = x.to(torch.float64 if x.dtype is torch.float64 else torch.float32)
-    cos, sin = (table[:, None, :, : x.shape[-1] // 2].to(wide.dtype) for table in (cos, sin))
+    cos, sin = (table[..., : x.shape[-1] // 2].to(wide.dtype) for table in (cos, sin))
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if inverse:
         sin = -sin
     if interleaved:

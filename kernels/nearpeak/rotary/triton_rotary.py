@@ -134,7 +134,8 @@ def _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse):
     batch, query_heads, sequence, head_dim = query.shape
     rows, half, heads = batch * sequence, head_dim // 2, query_heads + key.shape[1]
     strides = [stride for t in (query, key, out_query, out_key) for stride in t.stride()[:3]]
-    strides += [stride for t in (cos, sin) for stride in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    has_batch = cos.dim() == 3 and cos.shape[0] > 1
+    strides += [stride for t in (cos, sin) for stride in (t.stride(0) if has_batch else 0, t.stride(-2))]
     vector = triton_launch.vector_length(query.element_size(), half, *strides)
     tile = tile_sizes(rows, half)
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(half, tile.block)
