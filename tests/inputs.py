@@ -1,5 +1,7 @@
 """Inputs of the tests: seeded tensors, layouts in memory that users have, and random cases for properties."""
 
+from typing import NamedTuple
+
 import hypothesis
 import pytest
 import torch
@@ -10,8 +12,19 @@ DTYPES = [
     pytest.param(torch.float16, id="float16"),
 ]
 
-# How many random cases a property test draws: few by default, many before a release.
-EXAMPLES = [pytest.param(12, id="quick"), pytest.param(400, id="wide", marks=pytest.mark.slow)]
+
+class Examples(NamedTuple):
+    """How many random cases a property is tested on, and on how many draws of each exactness is judged."""
+
+    cases: int
+    draws: int
+
+
+# Of many cases some are degenerate: the more there are, the more draws each needs.
+EXAMPLES = [
+    pytest.param(Examples(cases=12, draws=8), id="quick"),
+    pytest.param(Examples(cases=100, draws=64), id="wide", marks=pytest.mark.slow),
+]
 
 
 def randn(*shape, dtype=torch.float32, seed=0, magnitude=1.0):
@@ -50,8 +63,8 @@ def laid_out_like(tensor, like):
 
 
 def for_all(examples, **strategies):
-    """Run the decorated check at once on `examples` random cases; they are the same ones in every run."""
-    settings = hypothesis.settings(max_examples=examples, deadline=None, derandomize=True)
+    """Run the decorated check at once on random cases; they are the same ones in every run."""
+    settings = hypothesis.settings(max_examples=examples.cases, deadline=None, derandomize=True)
 
     def run(check):
         settings(hypothesis.given(**strategies)(check))()

@@ -162,8 +162,8 @@ def standards_of(case, draws):
     return standards([values(layer, draws) for layer in plain_layers(case)], values(exact_layer(case), doubled(draws)))
 
 
-def draws_of(case, dtype, with_gradients=True):
-    draws = (inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(DRAWS))
+def draws_of(case, dtype, with_gradients=True, count=DRAWS):
+    draws = (inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(count))
     return [(inputs, grads if with_gradients else None) for inputs, grads in draws]
 
 
@@ -422,7 +422,7 @@ def cases(draw):
 def test_random_cases_are_as_exact_as_plain(serving, dtype, examples):
     @for_all(examples, case=cases())
     def check(case):
-        draws = draws_of(case, dtype)
+        draws = draws_of(case, dtype, count=examples.draws)
         assert_as_exact(values(served(case), draws), standards_of(case, draws))
 
 
@@ -434,7 +434,10 @@ def test_scores_far_from_zero_cost_no_exactness(serving, examples):
     def check(case, step):
         case = case._replace(magnitude=1.0)
         shift = step * randn(case.head_dim, seed=case.seed + 9)
-        draws = [((query, key + shift, value), None) for (query, key, value), _ in draws_of(case, torch.float32)]
+        draws = [
+            ((query, key + shift, value), None)
+            for (query, key, value), _ in draws_of(case, torch.float32, count=examples.draws)
+        ]
         assert_as_exact(values(served(case), draws), standards_of(case, draws))
 
 
@@ -474,6 +477,6 @@ def test_two_windows_that_share_out_the_keys_merge_into_the_whole(serving, examp
 
             return call
 
-        draws = draws_of(whole, torch.float32, False)
+        draws = draws_of(whole, torch.float32, False, examples.draws)
         expected = standards([values(merged(eager_layer), draws)], values(exact_layer(whole), doubled(draws)))
         assert_as_exact(values(merged(served), draws), expected)

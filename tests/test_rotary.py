@@ -99,8 +99,8 @@ def results(case, dtype, draws):
     return [plain.value_and_gradients(served(case, dtype), inputs, grads) for inputs, grads in draws]
 
 
-def draws_of(case, dtype):
-    return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(DRAWS)]
+def draws_of(case, dtype, count=DRAWS):
+    return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(count)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -329,7 +329,7 @@ def cases(draw):
 def test_random_cases_are_as_exact_as_plain(serving, dtype, examples):
     @for_all(examples, case=cases())
     def check(case):
-        draws = draws_of(case, dtype)
+        draws = draws_of(case, dtype, examples.draws)
         assert_as_exact(results(case, dtype, draws), standards_of(case, dtype, draws))
 
 
@@ -349,7 +349,7 @@ def test_rotation_keeps_lengths_and_the_inverse_restores(serving, examples):
             there = plain.rotary(query, key, half_cos, half_sin, case.interleaved)
             return *lengths(there), *plain.rotary(*there, half_cos, -half_sin, case.interleaved)
 
-        pairs = [inputs for inputs, _ in draws_of(case, torch.float32)]
+        pairs = [inputs for inputs, _ in draws_of(case, torch.float32, examples.draws)]
         exacts = [(*(t.double().norm(dim=-1) for t in pair), *plain.doubled(pair)) for pair in pairs]
         assert_as_exact([mine(*pair) for pair in pairs], standards([[eager(*pair) for pair in pairs]], exacts))
 
@@ -366,7 +366,7 @@ def test_scores_depend_on_distance_only(serving, examples):
     def check(shift, half, seed):
         here = Case(sequence=9, head_dim=2 * half, seed=seed)
         there = here._replace(first_position=shift)
-        pairs = [inputs for inputs, _ in draws_of(here, torch.float32)]
+        pairs = [inputs for inputs, _ in draws_of(here, torch.float32, examples.draws)]
         mine = [(scores(*served(there, torch.float32)(*pair)),) for pair in pairs]
         tables_there, tables_here = half_tables(there, torch.float32), half_tables(here, torch.float64)
         eager = [(scores(*plain.rotary(*pair, *tables_there, False)),) for pair in pairs]

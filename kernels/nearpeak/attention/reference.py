@@ -34,7 +34,7 @@ def allowed(query_length, key_length, window_left, window_right, device):
 
 def _scaled_products(query, key, scale):
     """(batch, key heads, group, query length, key length)"""
-    return scale * torch.einsum("bhgqd,bhkd->bhgqk", query, key)
+    return scale * torch.einsum("bhgqd,bhgkd->bhgqk", query, key)
 
 
 def _scores(products, window_left, window_right, softcap):
@@ -67,11 +67,13 @@ def _grouped(tensor, key_heads):
 
 
 def attention(query, key, value, window_left, window_right, scale, softcap):
-    q, k, v = _grouped(_wide(query), key.shape[1]), _wide(key), _wide(value)
+    q = _grouped(_wide(query), key.shape[1])
+    # Expanded, so that autograd sums a key's gradient over queries first and the group last: see attention_backward.
+    k, v = (_wide(tensor).unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for tensor in (key, value))
     with _exact(query.device):
         scores = _scores(_scaled_products(q, k, scale), window_left, window_right, softcap)
         lse = torch.logsumexp(scores, dim=-1)
-        out = torch.einsum("bhgqk,bhkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
+        out = torch.einsum("bhgqk,bhgkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
 
 
@@ -85,21 +87,22 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
     `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
     """
     heads = key.shape[1]
-    q, k, v = _grouped(_wide(query), heads), _wide(key), _wide(value)
+    q = _grouped(_wide(query), heads)
+    k, v = (_wide(tensor).unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for tensor in (key, value))
     d_out = _grouped(_wide(grad_out), heads)
     with _exact(query.device):
         products = _scaled_products(q, k, scale)
         probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
         # Summed over queries first: one sum over queries and group is so long that float32 shows it.
         d_value = torch.einsum("bhgqk,bhgqd->bhgkd", probabilities, d_out).sum(2)
-        d_scores = torch.einsum("bhgqd,bhkd->bhgqk", d_out, v)
+        d_scores = torch.einsum("bhgqd,bhgkd->bhgqk", d_out, v)
         d_scores = d_scores - (probabilities * d_scores).sum(-1, keepdim=True)
         if grad_lse is not None:
             d_scores = d_scores + _grouped(grad_lse, heads)[..., None]
         d_scores = probabilities * d_scores
         if softcap is not None:
             d_scores = d_scores * (1 - torch.tanh(products / softcap).square())
-        d_query = scale * torch.einsum("bhgqk,bhkd->bhgqd", d_scores, k).flatten(1, 2)
+        d_query = scale * torch.einsum("bhgqk,bhgkd->bhgqd", d_scores, k).flatten(1, 2)
         d_key = scale * torch.einsum("bhgqk,bhgqd->bhgkd", d_scores, q).sum(2)
     gradients = ((query, d_query), (key, d_key), (value, d_value))
     return tuple(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients)

@@ -1,6 +1,7 @@
 """`scaled_dot_product_attention` with torch's signature and torch's meaning."""
 
 import torch
+from torch import Tensor
 
 from .. import backends
 from .operator import MAX_HEAD_DIM, attention
@@ -46,9 +47,8 @@ def scaled_dot_product_attention(
     >>> query = torch.randn(1, 8, 10, 64)
     >>> out = nearpeak.scaled_dot_product_attention(query, query, query, is_causal=True)
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        raise TypeError("query, key and value must each be a torch.Tensor")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
     why = _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa)
