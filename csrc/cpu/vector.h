@@ -294,6 +294,31 @@ inline float maximum(Float value) {
     }
 }
 
+// Half of adding up two vectors: where `distance` is in a lane's number, pairs of second, elsewhere of first.
+template <int distance, std::size_t... lane>
+inline Float add_pairs(Float first, Float second, std::index_sequence<lane...>) {
+    const Float own = __builtin_shufflevector(first, second, (lane & distance ? kLanes + lane : lane)...);
+    const Float other = __builtin_shufflevector(first, second, (lane & distance ? lane : kLanes + lane)...);
+    return own + swap_lanes<distance>(other, std::make_index_sequence<kLanes>());
+}
+
+// Lane i of the result is the sum of vectors[i], in half the instructions of kLanes calls of sum().
+template <int distance = 1>
+inline Float sum_each(Float (&vectors)[kLanes]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * distance) {
+        vectors[i] = add_pairs<distance>(vectors[i], vectors[i + distance], std::make_index_sequence<kLanes>());
+    }
+    if constexpr (distance < kLanes / 2) return sum_each<2 * distance>(vectors);
+    return vectors[0];
+}
+
+inline bool any(Int condition) {
+    bool found = false;
+    for (int lane = 0; lane < kLanes; ++lane) found |= condition[lane] != 0;
+    return found;
+}
+
 // One round of the transposition below: exchanges the off-diagonal quarters of each 2 distance x 2 distance block.
 template <int distance, std::size_t... lane>
 inline void exchange_quarters(Float& first, Float& second, std::index_sequence<lane...>) {
