@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 namespace nearpeak {
@@ -18,11 +19,26 @@ std::array<int, kMaxDims> memory_order(const int64_t* strides, int dims) {
     return order;
 }
 
+// A large new tensor's memory is new to the process, and each page of it costs a fault: 4 KiB at a time, these take
+// three times as long as the kernel that writes them (Zen 3, 32 MiB: 14.5 ms, with huge pages 5.2).
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr int64_t kHugePage = int64_t{2} << 20;
+    if (bytes < 2 * kHugePage) return;
+    const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+    const auto first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = (begin + bytes) / kHugePage * kHugePage;
+    // Advice: where the system has no huge pages, nothing changes.
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int dims, int32_t dtype) {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
+    Tensor tensor(handle);
+    ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+    return tensor;
 }
 
 Tensor empty_contiguous(std::initializer_list<int64_t> sizes, int32_t dtype) {

@@ -194,7 +194,7 @@ inline void store(T* to, Float value, int64_t count) {
 // Walks a row of `width` elements: body(column, lanes, slot), with `lanes` as above. `slot` counts 0..kUnroll - 1
 // within an unrolled step, for sums that must not wait for one another.
 template <int kUnroll = 1, class Body>
-inline void for_each_vector(int64_t width, Body body) {
+[[gnu::always_inline]] inline void for_each_vector(int64_t width, Body body) {
     int64_t column = 0;
     for (; column + kUnroll * kLanes <= width; column += kUnroll * kLanes) {
 #pragma GCC unroll 16
@@ -260,6 +260,20 @@ inline void store_past_cache(T* to, Float value, AllLanes) {
 template <class T>
 inline void store_past_cache(T* to, Float value, int64_t count) {
     store(to, value, count);
+}
+
+// Copies what a load of these lanes would read, past the caches and bit by bit.
+template <class T>
+inline void copy_past_cache(T* to, const T* from, AllLanes) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        store_past_cache(to, load(from));
+    } else {
+        store_past_cache(static_cast<void*>(to), load_bits(from));
+    }
+}
+template <class T>
+inline void copy_past_cache(T* to, const T* from, int64_t count) {
+    std::memcpy(to, from, count * sizeof(T));
 }
 
 inline void fence_stores_past_cache() {
@@ -380,13 +394,25 @@ inline void store_past_cache(U* to, Two value, TwoVectors<T>) {
     store_past_cache(to + kLanes, value.high);
 }
 
+template <class T>
+inline void copy_past_cache(T* to, const T* from, TwoVectors<T>) {
+    copy_past_cache(to, from, AllLanes{});
+    copy_past_cache(to + kLanes, from + kLanes, AllLanes{});
+}
+
 inline Two load(const bfloat16* from, TwoVectors<bfloat16>) {
     Unsigned bits;
     std::memcpy(&bits, from, sizeof(bits));
     return {bitcast<Float>(bits << 16), bitcast<Float>(bits & 0xffff0000u)};
 }
 inline Float paired_bits(Two value) {
-    return bitcast<Float>((round_bfloat16(value.high) & 0xffff0000u) | (round_bfloat16(value.low) >> 16));
+    const Unsigned low = round_bfloat16(value.low) >> 16, high = round_bfloat16(value.high);
+#if NEARPEAK_LANES == 8 && defined(__AVX2__)
+    const __m256i blended = _mm256_blend_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(high), 0xaa);
+    return reinterpret_cast<Float>(blended);
+#else
+    return bitcast<Float>((high & 0xffff0000u) | low);
+#endif
 }
 inline void store(bfloat16* to, Two value, TwoVectors<bfloat16>) {
     const Float bits = paired_bits(value);
@@ -415,9 +441,29 @@ inline void store(float* to, Two value, TwoVectors<bfloat16>) {
     store(to + kLanes, in_order.high);
 }
 
+// How a kernel keeps in float32 what it will use again and again: as the lanes of T's vectors lie, so that no lane
+// moves on the way to them, and in whole vectors.
+template <class T>
+inline TwoVectors<float> kept(TwoVectors<T>) {
+    return {};
+}
+template <class Lanes>
+inline AllLanes kept(Lanes) {
+    return {};
+}
+
+// Fetches into the first-level cache what a load of these lanes will read. Nothing is read yet, so it may not exist.
+template <class T, class Lanes>
+inline void fetch(const T* from, Lanes) {
+    constexpr int64_t kLine = 64, kBytes = 2 * kLanes * sizeof(T);
+    for (int64_t byte = 0; byte < kBytes; byte += kLine) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+    }
+}
+
 // Like for_each_vector, in steps of two vectors in T's order, then of one, then the rest.
 template <class T, int kUnroll = 1, class Body>
-inline void for_each_two(int64_t width, Body body) {
+[[gnu::always_inline]] inline void for_each_two(int64_t width, Body body) {
     constexpr int64_t kStep = 2 * kLanes;
     int64_t column = 0;
     for (; column + kUnroll * kStep <= width; column += kUnroll * kStep) {

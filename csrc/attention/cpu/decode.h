@@ -26,6 +26,7 @@ constexpr int64_t kDecodeBlock = 32;  // keys; with head_dim 128 in float32, 16 
 constexpr int kRowsTogether = 4;      // at most; a vector of scores holds kLanes / kRows keys of kRows rows each
 constexpr int kSumsTogether = 8;      // as many independent sums as hide the multiply-add's latency
 
+// Queries and outputs lie in memory as kept(lanes) does, padded with zeros to whole vectors.
 struct DecodeMemory {
     DecodeMemory(const Forward& p, int64_t rows, Arena& arena)
         : padded_dim((p.head_dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes),
@@ -36,17 +37,6 @@ struct DecodeMemory {
     int64_t padded_dim;
     float *query, *out, *scores;
 };
-
-// Queries and outputs are kept as the lanes of T's vectors lie, whole vectors: in the order in which two vectors of
-// T are loaded, and zeros past head_dim.
-template <class T>
-inline TwoVectors<float> kept(TwoVectors<T>) {
-    return {};
-}
-template <class Lanes>
-inline AllLanes kept(Lanes) {
-    return {};
-}
 
 inline void multiply_add(Float& sum, Float a, Float b) { sum += a * b; }
 inline void multiply_add(Float& sum, Two a, Two b) {

@@ -5,6 +5,7 @@
 
 #include "kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -19,48 +20,58 @@ namespace {
 // Independent sums, of two vectors each, hide the adder's latency: 4 cycles, at 2 additions a cycle.
 constexpr int kSums = 4;
 
-// hidden at `column`, rounded as it will be stored, so that backward sees the same numbers.
-template <class T, class Lanes>
-auto hidden_at(const T* x, const T* residual, int64_t column, Lanes lanes) {
-    const auto value = load(x + column, lanes);
-    return residual ? rounded_to<T>(value + load(residual + column, lanes)) : value;
-}
+// A row's inputs; those of the next row are fetched while this one's outputs are written, which else leaves memory's
+// reading side idle.
+template <class T>
+struct Inputs {
+    const T *x, *residual;  // residual is null without kResidual
+};
 
-template <class T, class W, bool kPastCache>
-void forward_row(const Forward& p, const T* x, const T* residual, T* y, T* hidden) {
+// A row that is summed is read back from `sum`: the place of the new residual, or where that is written past the
+// caches, scratch memory. It holds the sum as rounded for storage, so that backward sees the same numbers.
+template <class T, class W, bool kPastCache, bool kResidual>
+void forward_row(const Forward& p, Inputs<T> row, Inputs<T> next, T* y, T* hidden, T* sum_row) {
     const W* weight = static_cast<const W*>(p.weight);
-    const auto write = [](T* to, auto value, auto lanes) {
-        if constexpr (kPastCache) {
-            store_past_cache(to, value, lanes);
-        } else {
-            store(to, value, lanes);
-        }
-    };
     Float squares[kSums] = {};
     for_each_two<T, kSums>(p.width, [&](int64_t column, auto lanes, int slot) {
-        const auto h = hidden_at(x, residual, column, lanes);
+        auto h = load(row.x + column, lanes);
+        if constexpr (kResidual) {
+            h = rounded_to<T>(h + load(row.residual + column, lanes));
+            store(sum_row + column, h, lanes);
+        }
         squares[slot] += total_of(h * h);
     });
     const float mean = sum(add_up(squares)) / static_cast<float>(p.width);
     const float r = 1.0f / std::sqrt(mean + p.eps);
+    const T* from = kResidual ? sum_row : row.x;
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
-        const auto h = hidden_at(x, residual, column, lanes);
-        if (hidden) write(hidden + column, h, lanes);
-        const auto normalised = h * r;
-        write(y + column, weight ? normalised * (p.offset + load(weight + column, lanes)) : normalised, lanes);
+        fetch(next.x + column, lanes);
+        if constexpr (kResidual) fetch(next.residual + column, lanes);
+        auto normalised = load(from + column, lanes) * r;
+        if (weight) normalised = normalised * (p.offset + load(weight + column, lanes));
+        if constexpr (kPastCache) {
+            if constexpr (kResidual) copy_past_cache(hidden + column, from + column, lanes);
+            store_past_cache(y + column, normalised, lanes);
+        } else {
+            store(y + column, normalised, lanes);
+        }
     });
 }
 
-template <class T, class W>
-void forward_rows(const Forward& p, int64_t begin, int64_t end) {
-    const auto row_kernel = p.past_cache ? forward_row<T, W, true> : forward_row<T, W, false>;
-    for (int64_t row = begin; row < end; ++row) {
+template <class T, class W, bool kPastCache, bool kResidual>
+void forward_rows(const Forward& p, int64_t begin, int64_t end, T* scratch) {
+    const auto inputs = [&](int64_t row) {
         const T* residual = static_cast<const T*>(p.residual);
-        T* hidden = static_cast<T*>(p.hidden);
-        row_kernel(p, static_cast<const T*>(p.x) + p.x_rows(row), residual ? residual + p.residual_rows(row) : nullptr,
-                   static_cast<T*>(p.y) + row * p.width, hidden ? hidden + row * p.width : nullptr);
+        return Inputs<T>{static_cast<const T*>(p.x) + p.x_rows(row),
+                         kResidual ? residual + p.residual_rows(row) : nullptr};
+    };
+    for (int64_t row = begin; row < end; ++row) {
+        T* hidden = kResidual ? static_cast<T*>(p.hidden) + row * p.width : nullptr;
+        forward_row<T, W, kPastCache, kResidual>(p, inputs(row), inputs(std::min(row + 1, end - 1)),
+                                                 static_cast<T*>(p.y) + row * p.width, hidden,
+                                                 kPastCache ? scratch : hidden);
     }
-    if (p.past_cache) fence_stores_past_cache();
+    if (kPastCache) fence_stores_past_cache();
 }
 
 // With g = grad * (offset + weight):  d_hidden = r * (g - hidden * r^2 * mean(g * hidden)) + grad_hidden
@@ -116,9 +127,14 @@ void with_types(Dtype dtype, Dtype weight_dtype, Function function) {
     });
 }
 
-void forward(const Forward& p, int64_t begin, int64_t end) {
+void forward(const Forward& p, int64_t begin, int64_t end, void* scratch) {
     with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
-        forward_rows<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(p, begin, end);
+        using T = std::remove_pointer_t<decltype(t)>;
+        using W = std::remove_pointer_t<decltype(w)>;
+        const auto run = p.residual
+                             ? (p.past_cache ? forward_rows<T, W, true, true> : forward_rows<T, W, false, true>)
+                             : (p.past_cache ? forward_rows<T, W, true, false> : forward_rows<T, W, false, false>);
+        run(p, begin, end, static_cast<T*>(scratch));
     });
 }
 

@@ -36,8 +36,8 @@ struct Backward {
 };
 
 struct Kernels {
-    // Rows [begin, end).
-    void (*forward)(const Forward&, int64_t begin, int64_t end);
+    // Rows [begin, end). `scratch` holds a row of x's type where outputs are written past the caches.
+    void (*forward)(const Forward&, int64_t begin, int64_t end, void* scratch);
     // Rows [begin, end); adds their weight gradient to d_weight (width,), unless null.
     void (*backward)(const Backward&, int64_t begin, int64_t end, float* d_weight);
     // total[column] = sum over parts of parts[part][column], for columns [begin, end), stored as `dtype`.

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "kernels.h"
 
@@ -60,8 +61,9 @@ void run_forward(const Tensor& x_any, const std::optional<Tensor>& weight_any,
     p.past_cache = reused && elements * element_size >= past_cache_bytes() && aligned(p.y, p.width * element_size) &&
                    aligned(p.hidden, p.width * element_size);
     const Kernels* kernels = kKernels[selected_isa()];
-    torch::stable::parallel_for(0, elements / p.width, grain(p.width),
-                                [&](int64_t begin, int64_t end) { kernels->forward(p, begin, end); });
+    torch::stable::parallel_for(0, elements / p.width, grain(p.width), [&](int64_t begin, int64_t end) {
+        kernels->forward(p, begin, end, thread_scratch(p.past_cache ? p.width : 0));
+    });
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, double offset) {

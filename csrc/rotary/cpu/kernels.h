@@ -28,8 +28,10 @@ struct Rotation {
 };
 
 struct Kernels {
+    // Floats of scratch memory that so many positions need.
+    int64_t (*scratch)(const Rotation&, int64_t positions);
     // Positions [begin, end) of one batch entry, in every head.
-    void (*rotate)(const Rotation&, int64_t batch, int64_t begin, int64_t end);
+    void (*rotate)(const Rotation&, int64_t batch, int64_t begin, int64_t end, float* scratch);
 };
 
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)

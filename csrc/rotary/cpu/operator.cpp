@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "kernels.h"
 
@@ -84,7 +85,8 @@ void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor
     torch::stable::parallel_for(0, batch * runs, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % runs * positions;
-            kernels->rotate(p, task / runs, first, std::min(first + positions, sequence));
+            const int64_t last = std::min(first + positions, sequence);
+            kernels->rotate(p, task / runs, first, last, thread_scratch(kernels->scratch(p, last - first)));
         }
     });
 }
