@@ -147,7 +147,9 @@ def apply_rotary(query, key, cos, sin, *, interleaved=False, inplace=False):
         by_reference = backends.reference_serves(query)
         recorded = operators.wants_gradient(query, key, cos, sin)
         if recorded and inplace:
-            raise ValueError("inplace cannot be used where gradients are recorded: leave it out, or use torch.no_grad()")
+            raise ValueError(
+                "inplace cannot be used where gradients are recorded: leave it out, or use torch.no_grad()"
+            )
         if recorded and not by_reference and operators.wants_gradient(cos, sin):
             by_reference = True
             backends.because("cos or sin wants a gradient, which no kernel computes: the reference serves it")
