@@ -9,7 +9,22 @@ import rich.console
 import torch
 from nearpeak import backends, cli
 from nearpeak.attention import reference
-from nearpeak_bench import attention, command, memory, models, peaks, report, results, runner, suites, table, timing
+from nearpeak_bench import (
+    attention,
+    command,
+    memory,
+    models,
+    noise,
+    peaks,
+    report,
+    results,
+    runner,
+    selftest,
+    suites,
+    table,
+    timing,
+    verdicts,
+)
 from nearpeak_bench.cases import Case, Operator, Work
 from typer.testing import CliRunner
 
@@ -53,7 +68,7 @@ def measurement(row, name):
 
 def test_ratio_cancels_what_a_round_has_in_common():
     drift = np.linspace(1, 10, 50)
-    ratio = timing.ratio(baseline=3e-3 * drift, candidate=1e-3 * drift)
+    ratio = verdicts.ratio(baseline=3e-3 * drift, candidate=1e-3 * drift)
     assert (ratio.value, ratio.lower, ratio.upper) == pytest.approx((3, 3, 3))
     assert ratio.difference < 0
 
@@ -63,15 +78,15 @@ def test_interval_holds_the_true_ratio_and_shrinks_with_more_rounds():
     widths = []
     for rounds in (10, 1000):
         baseline, candidate = 2 * noise.lognormal(0, 0.3, rounds), noise.lognormal(0, 0.3, rounds)
-        ratio = timing.ratio(baseline, candidate)
+        ratio = verdicts.ratio(baseline, candidate)
         assert ratio.lower < 2 < ratio.upper
         widths.append(ratio.upper - ratio.lower)
     assert widths[1] < widths[0] / 3
 
 
 def test_one_outlier_moves_neither_median_nor_ratio():
-    assert timing.spread([1.0, 1.0, 1.0, 1.0, 100.0]).median == 1
-    assert timing.ratio([2.0] * 9 + [500.0], [1.0] * 10).value == 2
+    assert verdicts.spread([1.0, 1.0, 1.0, 1.0, 100.0]).median == 1
+    assert verdicts.ratio([2.0] * 9 + [500.0], [1.0] * 10).value == 2
 
 
 def test_slowed_callable_is_reported_slower():
@@ -79,7 +94,51 @@ def test_slowed_callable_is_reported_slower():
         return lambda: sum(range(steps))
 
     samples = timing.time_interleaved({"plain": busy(1000), "slowed": busy(4000)}, budget=0.2)
-    assert timing.ratio(samples["plain"].seconds, samples["slowed"].seconds).upper < 1
+    assert verdicts.ratio(samples["plain"].seconds, samples["slowed"].seconds).upper < 1
+
+
+def noisy(scale, sigma, rounds=60, seed=1):
+    return scale * np.random.default_rng(seed).lognormal(0, sigma, rounds)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "noise_floor", "verdict"),
+    [
+        pytest.param(noisy(1, 0.01), noisy(1, 0.01, seed=2), 0.0, verdicts.SAME, id="same"),
+        pytest.param(noisy(1, 0.01), noisy(1.05, 0.01, seed=2), 0.0, verdicts.SLOWER, id="5 % slower"),
+        pytest.param(noisy(1.05, 0.01), noisy(1, 0.01, seed=2), 0.0, verdicts.FASTER, id="5 % faster"),
+        pytest.param(noisy(1, 0.01), noisy(1.05, 0.01, seed=2), 0.06, verdicts.SAME, id="5 % on a noisy machine"),
+        pytest.param(noisy(1, 0.4), noisy(1, 0.4, seed=2), 0.0, verdicts.NOISY, id="wide"),
+        pytest.param(noisy(1, 0.01, 3), noisy(2, 0.01, 3), 0.0, verdicts.NOISY, id="too few rounds"),
+    ],
+)
+def test_verdict(baseline, candidate, noise_floor, verdict):
+    assert verdicts.ratio(baseline, candidate, noise_floor).verdict == verdict
+
+
+def test_same_calls_are_rarely_called_different_and_small_slowdowns_are_found():
+    ratios = [verdicts.ratio(noisy(1, 0.03, seed=s), noisy(1, 0.03, seed=-s + 999)) for s in range(200)]
+    assert sum(ratio.verdict == verdicts.SAME for ratio in ratios) >= 0.97 * len(ratios)
+    ratios = [verdicts.ratio(noisy(1, 0.03, seed=s), noisy(1.05, 0.03, seed=-s + 999)) for s in range(200)]
+    assert sum(ratio.verdict == verdicts.SLOWER for ratio in ratios) >= 0.9 * len(ratios)
+
+
+def test_outliers_and_drift_are_remarked_and_noise_is_not():
+    steady = noisy(1, 0.01)
+    assert verdicts.remarks(steady) == ""
+    assert "outliers" in verdicts.remarks([*steady, *[3.0] * 12])
+    assert "drifted by +" in verdicts.remarks(steady * np.linspace(1, 1.2, len(steady)))
+
+
+def test_rounds_end_when_ratios_are_known():
+    calls = {"a": lambda: None, "b": lambda: None}
+    steady = timing.time_interleaved(calls, 60, lambda call, repeats: repeats * 1e-3, pairs=[("a", "b")])
+    assert len(steady["a"].seconds) == timing.ROUNDS_FOR_PRECISION
+    jitter = np.random.default_rng(0)
+    rough = timing.time_interleaved(
+        calls, 60, lambda call, repeats: repeats * jitter.lognormal(-7, 0.5), pairs=[("a", "b")]
+    )
+    assert len(rough["a"].seconds) == timing.MAX_ROUNDS
 
 
 def test_every_round_times_every_call_once_in_changing_order():
@@ -153,6 +212,20 @@ def test_raising_and_missing_implementations_cost_only_themselves(doubling):
     assert (measurement(row, "raising").status, measurement(row, "missing").status) == ("failed", "absent")
     assert "no such luck" in measurement(row, "raising").note
     assert measurement(row, "nearpeak").ratios.keys() == {"eager"}
+
+
+def test_kernel_that_answers_from_memory_is_found_after_timing(doubling):
+    remembered = []
+
+    def prepare(x):
+        remembered.append(2 * x)
+        return lambda: remembered[0]
+
+    doubling.implementation("nearpeak")(prepare)
+    ours = measurement(run(doubling), "nearpeak")
+    assert ours.status == "wrong"
+    assert "after timing, on fresh inputs" in ours.note
+    assert ours.samples is None
 
 
 def test_inplace_implementations_do_not_see_each_others_results(doubling):
@@ -236,8 +309,8 @@ def test_memory_counts_temporaries_and_neither_inputs_nor_outputs(doubling):
 def found(doubling):
     rows = [run(doubling), run(doubling)]
     slow = measurement(rows[1], "nearpeak")
-    slow.ratios["eager"] = timing.Ratio(0.01, 0.009, 0.011, 1.0)
-    return results.Results({"processor": "a <processor>", **_machine()}, PEAKS, rows, complete=True)
+    slow.ratios["eager"] = verdicts.Ratio(0.01, 0.009, 0.011, 1.0, verdicts.SLOWER)
+    return results.Results({"processor": "a <processor>", **_machine()}, PEAKS, rows=rows, noise=0.01, complete=True)
 
 
 def _machine():
@@ -331,6 +404,7 @@ def toy_suite(doubling, monkeypatch, tmp_path):
     cases = [Case(doubling, {"size": size}, torch.float32, quick=True) for size in (10, 20)]
     monkeypatch.setitem(suites.SUITES, "norm", cases)
     monkeypatch.setattr(peaks, "measure", lambda device, progress: PEAKS)
+    monkeypatch.setattr(noise, "measure", lambda device: 0.01)
     monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
     return doubling
@@ -346,6 +420,22 @@ def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
     assert [row.shape for row in found.rows] == ["10", "20"]
     assert (tmp_path / "b/c.html").exists()
     assert "| doubling |" in (tmp_path / "d.md").read_text()
+
+
+def test_selftest_tells_of_both_goals(toy_suite, monkeypatch):
+    monkeypatch.setattr(selftest, "BUDGET", 0.05)
+    monkeypatch.setattr(suites, "SUITES", {"norm": suites.SUITES["norm"]})
+    result = invoke("bench", "selftest")
+    assert result.exit_code in (0, selftest.FAILED)
+    assert "a kernel against itself is the same: " in result.stdout
+    assert "of 2 rows" in result.stdout
+    assert invoke("bench", "selftest", "norm").exit_code == 2
+
+
+def test_slowed_call_takes_longer_and_gives_the_same_result():
+    samples = timing.time_interleaved({"call": lambda: 1, "slowed": selftest.slowed(lambda: 1, 1e-3)}, budget=0.0)
+    assert min(samples["slowed"].seconds) >= 1e-3
+    assert selftest.slowed(lambda: 1, 1e-6)() == 1
 
 
 def test_wrong_kernel_fails_the_command(toy_suite):

@@ -9,9 +9,10 @@ import rich.console
 import rich.progress
 import torch
 
-from . import machine, peaks, report, results, runner, suites, table
+from . import machine, noise, peaks, report, results, runner, selftest, suites, table
 
-NAMES = (*suites.SUITES, "model", "all")
+SELFTEST = "selftest"
+NAMES = (*suites.SUITES, "model", "all", SELFTEST)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER = pathlib.Path(".nearpeak/results")
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
@@ -60,6 +61,10 @@ def _choose(options: Options) -> tuple[bool, list]:
 
 def run(options: Options, console: rich.console.Console) -> int:
     """Run what `options` ask for and return the exit code: 0, WRONG if a kernel was wrong, or INTERRUPTED."""
+    if SELFTEST in options.names:
+        if len(options.names) > 1:
+            raise UsageError("selftest runs alone: nearpeak bench selftest")
+        return selftest.run(console)
     with_model, cases = _choose(options)
     found = results.Results(machine.describe())
     console.print(_machine_line(found.machine))
@@ -109,7 +114,6 @@ def _run_cases(cases: list, options: Options, found: results.Results, console: r
     """Fill `found` with peaks and rows, and show the table of each suite when it is finished."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget = options.budget or (FULL_BUDGET if options.full else QUICK_BUDGET)
-    settings = runner.Settings(device, budget)
     columns = (
         rich.progress.SpinnerColumn(),
         rich.progress.TextColumn("{task.description}"),
@@ -121,7 +125,11 @@ def _run_cases(cases: list, options: Options, found: results.Results, console: r
     )
     with rich.progress.Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
         task = bar.add_task("measuring the machine", total=len(cases))
+        bar.update(task, description="measuring the machine's noise")
+        found.noise = noise.measure(device)
         found.peaks = peaks.measure(device, lambda what: bar.update(task, description=what))
+        console.print(f"noise of this machine: one call differs from itself by up to {100 * found.noise:.1f} %")
+        settings = runner.Settings(device, budget, found.noise)
         for suite, group in itertools.groupby(cases, key=lambda pair: pair[0]):
             try:
                 for _, case in group:

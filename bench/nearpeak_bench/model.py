@@ -23,7 +23,8 @@ import torch
 from . import models, peaks, table
 from .cases import Work
 from .exactness import errors, why_inexact
-from .timing import Ratio, Spread, best_seconds, cpu_clock, ratio, spread, time_interleaved
+from .timing import best_seconds, cpu_clock, time_interleaved
+from .verdicts import Ratio, Spread, ratio, spread
 
 PROMPT_TOKENS = 512
 DECODE_PROMPT_TOKENS = 32

@@ -52,6 +52,8 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
         ("Versions", versions),
         ("Commit", machine["commit"] or "unknown"),
     ]
+    if results.noise is not None:
+        facts.append(("Noise", f"one call differs from itself by up to {100 * results.noise:.1f} %"))
     if results.peaks:
         rates = results.peaks.multiply_add.items()
         largest = max(results.peaks.copy)

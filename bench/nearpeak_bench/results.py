@@ -6,9 +6,10 @@ import json
 import pathlib
 
 from .peaks import Peaks
-from .timing import Ratio, Samples, Spread
+from .timing import Samples
+from .verdicts import Ratio, Spread
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass
@@ -18,7 +19,7 @@ class Measurement:
     backend: which of nearpeak's backends serves a candidate, with its instruction set; empty for a baseline
     status: "ok"; "wrong" (the result is less exact than the rule allows: no time is taken); "failed" (it raised);
         "absent" (it needs a package that is not installed)
-    note: why it is not ok, or what is to be known beside the time
+    note: why it is not ok, or what is to be known beside the time: outliers, drift, a baseline's inexactness
     error_mean, error_max: absolute errors against float64
     share: the physical limit's time over the median time
     extra_memory: peak bytes of a call beside inputs and outputs; None where not measured
@@ -64,8 +65,11 @@ class Row:
 
 @dataclasses.dataclass
 class Results:
+    """A run. noise: what one call may differ from itself by on this machine, as a fraction."""
+
     machine: dict
     peaks: Peaks | None = None
+    noise: float | None = None
     rows: list[Row] = dataclasses.field(default_factory=list)
     model: dict | None = None
     complete: bool = False

@@ -15,7 +15,7 @@ import rich.text
 
 from .memory import RESOLUTION
 from .results import Measurement, Row
-from .timing import Ratio, Spread
+from .verdicts import SLOWER, Ratio, Spread
 
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 CASE_HEADERS = ["op", "shape", "dtype", "backend"]
@@ -24,9 +24,10 @@ UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 STYLES = {"worst": "bold yellow", "bad": "bold red", "fine": ""}
 EXPLANATION = (
     "time: median of one call, and the quartiles. A column named after a baseline: how many times faster nearpeak is "
-    "than it (above 1 is faster), and the 95 % interval. limit: the share reached of what this machine's arithmetic "
-    "and memory, measured in this run, allow. error: against float64, and the plain layer's own. memory: peak bytes "
-    "of a call beside inputs and outputs."
+    "than it (above 1 is faster), and the 95 % interval. verdict: against the fastest baseline; a difference counts "
+    "where the interval leaves out 1 and the ratio is further from it than this machine's noise. limit: the share "
+    "reached of what this machine's arithmetic and memory, measured in this run, allow. error: against float64, and "
+    "the plain layer's own. memory: peak bytes of a call beside inputs and outputs."
 )
 
 
@@ -102,11 +103,16 @@ def _ratio_cell(row: Row, candidate: Measurement, name: str) -> str:
     return "" if baseline is None or candidate.status != "ok" else baseline.status
 
 
+def _verdict_cell(row: Row, candidate: Measurement) -> str:
+    slowest = slowest_ratio(candidate)
+    return "" if slowest is None or row.limit_seconds is None else slowest.verdict
+
+
 def _note(row: Row, candidate: Measurement) -> str:
     if row.limit_seconds is None and candidate.ratios:
         # A yardstick, not a rival: what counts is the time on top of it.
-        over = (f"{seconds_text(ratio.difference)} over {name}" for name, ratio in candidate.ratios.items())
-        return ", ".join(over)
+        over = [f"{seconds_text(ratio.difference)} over {name}" for name, ratio in candidate.ratios.items()]
+        return ", ".join([*over, *filter(None, [candidate.note])])
     return candidate.note
 
 
@@ -127,6 +133,7 @@ def suite_table(suite: str, rows: Iterable[Row]) -> Table:
             candidate.backend if candidate.implementation == "nearpeak" else candidate.implementation,
             candidate.status.upper() if candidate.spread is None else spread_text(candidate.spread),
             *(_ratio_cell(row, candidate, name) for name in baselines),
+            _verdict_cell(row, candidate),
             "-" if candidate.share is None else f"{100 * candidate.share:.0f}%",
             error_text(candidate.error_mean, row.plain_error_mean),
             error_text(candidate.error_max, row.plain_error_max),
@@ -134,7 +141,7 @@ def suite_table(suite: str, rows: Iterable[Row]) -> Table:
         ]
         lines.append(Line(cells, "bad" if bad else "worst" if candidate is worst else "fine", _note(row, candidate)))
     headers = [*CASE_HEADERS, "time", *baselines]
-    return Table(suite, [*headers, "limit", "mean error", "max error", "memory"], lines)
+    return Table(suite, [*headers, "verdict", "limit", "mean error", "max error", "memory"], lines)
 
 
 def summary_table(rows: list[Row]) -> Table:
@@ -166,8 +173,7 @@ def _summary_line(operator, direction, dtype, backend, members) -> Line:
         name = next(name for name, ratio in candidate.ratios.items() if ratio is slowest)
         mean = statistics.geometric_mean(ratio.value for _, _, ratio in timed)
         cells += [f"{_figure(mean)}x", f"{_figure(slowest.value)}x", f"{row.shape} ({name})"]
-        # A whole interval below 1: slower than what users have, beyond the noise of this run.
-        if mark == "fine" and slowest.upper < 1 and row.limit_seconds is not None:
+        if mark == "fine" and slowest.verdict == SLOWER and row.limit_seconds is not None:
             mark = "worst"
     else:
         cells += ["-", "-", "-"]

@@ -1,12 +1,9 @@
-"""Interleaved timing, and ratios with intervals.
+"""Interleaved timing.
 
-A round times every call once, in random order; rounds repeat until the time budget is spent. So baseline and
-candidate meet the same drift of clock and neighbours, and are compared round by round:
-
-    ratio = median over rounds of (baseline's time / candidate's time)        above 1: the candidate is faster
-
-with a bootstrap interval over the rounds. A sample is the mean of as many calls as fill a millisecond. Every sample
-is kept. Caches are as the preceding calls leave them, and outputs are fresh unless the call itself reuses them.
+A round times every call once, in random order; rounds repeat until the ratios are known well enough, or the time
+budget is spent. So baseline and candidate meet the same drift of clock and neighbours, and are compared round by
+round (verdicts.py). A sample is the mean of as many calls as fill a millisecond. Every sample is kept. Caches are as
+the preceding calls leave them, and outputs are fresh unless the call itself reuses them.
 """
 
 import dataclasses
@@ -17,8 +14,9 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
+
+from . import verdicts
 
 # Long enough that the clock's own 0.05 us and the loop's 0.03 us a call vanish, even for calls of 1 us.
 MIN_SAMPLE_SECONDS = 1e-3
@@ -26,8 +24,11 @@ MIN_SAMPLE_SECONDS = 1e-3
 CERTAINLY_LONG_SECONDS = 1.0
 MIN_ROUNDS = 3
 MAX_ROUNDS = 200
-BOOTSTRAP_RESAMPLES = 2000
-CONFIDENCE = 0.95
+# A ratio's interval of this width, relative to it, is narrow enough: half of what a verdict can tell apart.
+PRECISION = 0.02
+# An interval of few rounds may be narrow by chance, and looking at it often makes that likelier.
+ROUNDS_FOR_PRECISION = 20
+ROUNDS_BETWEEN_LOOKS = 10
 
 Clock = Callable[[Callable[[], object], int], float]
 
@@ -38,25 +39,6 @@ class Samples:
 
     seconds: list[float]
     repeats: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of samples, in seconds."""
-
-    median: float
-    lower: float
-    upper: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """How many times faster a candidate is than a baseline, with its interval, and the difference in seconds."""
-
-    value: float
-    lower: float
-    upper: float
-    difference: float
 
 
 def cpu_clock(call: Callable[[], object], repeats: int) -> float:
@@ -103,9 +85,18 @@ def best_seconds(call: Callable[[], object], clock: Clock, samples: int = 20) ->
 
 
 def time_interleaved(
-    calls: dict[str, Callable[[], object]], budget: float, clock: Clock = cpu_clock, seed: int = 0
+    calls: dict[str, Callable[[], object]],
+    budget: float,
+    clock: Clock = cpu_clock,
+    *,
+    pairs: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
 ) -> dict[str, Samples]:
-    """Time all `calls` in interleaved rounds of random order for `budget` seconds, MIN_ROUNDS rounds at least."""
+    """Time all `calls` in interleaved rounds of random order, MIN_ROUNDS rounds at least.
+
+    The rounds end after `budget` seconds, or before that as soon as the ratio of every pair (baseline, candidate) is
+    known to PRECISION.
+    """
     shuffle = random.Random(seed).shuffle
     order = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -118,6 +109,8 @@ def time_interleaved(
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() >= deadline:
                 break
+            if done >= ROUNDS_FOR_PRECISION and done % ROUNDS_BETWEEN_LOOKS == 0 and _precise(seconds, pairs):
+                break
             shuffle(order)
             for name in order:
                 seconds[name].append(clock(calls[name], repeats[name]) / repeats[name])
@@ -127,16 +120,6 @@ def time_interleaved(
     return {name: Samples(seconds[name], repeats[name]) for name in calls}
 
 
-def spread(seconds: Sequence[float]) -> Spread:
-    lower, median, upper = np.percentile(seconds, (25, 50, 75))
-    return Spread(float(median), float(lower), float(upper))
-
-
-def ratio(baseline: Sequence[float], candidate: Sequence[float], seed: int = 0) -> Ratio:
-    """How many times faster `candidate` is than `baseline`: both are samples of the same rounds, in order."""
-    baseline, candidate = np.asarray(baseline), np.asarray(candidate)
-    ratios = baseline / candidate
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (BOOTSTRAP_RESAMPLES, len(ratios)))
-    tail = 50 * (1 - CONFIDENCE)
-    lower, upper = np.percentile(np.median(ratios[picks], axis=1), (tail, 100 - tail))
-    return Ratio(float(np.median(ratios)), float(lower), float(upper), float(np.median(candidate - baseline)))
+def _precise(seconds: dict[str, list[float]], pairs: Sequence[tuple[str, str]]) -> bool:
+    ratios = (verdicts.ratio(seconds[baseline], seconds[candidate]) for baseline, candidate in pairs)
+    return bool(pairs) and all(ratio.width < PRECISION for ratio in ratios)

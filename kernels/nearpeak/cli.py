@@ -76,7 +76,10 @@ def info() -> None:
 def bench(
     suites: Annotated[
         list[str] | None,
-        typer.Argument(help="norm, rotary, attention, overhead, model, or all; without a name all but model."),
+        typer.Argument(
+            help="norm, rotary, attention, overhead, model, or all; without a name all but model. "
+            "selftest, alone: whether timings can be believed on this machine."
+        ),
     ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Every shape and dtype, or a subset.")] = False,
     dtype: Annotated[
@@ -106,7 +109,10 @@ def bench(
 
       Real models, unpatched and patched:  [cyan]nearpeak bench model[/]
 
-    The exit code is 1 if a kernel's result was wrong, 2 if the request was, 130 after Ctrl-C.
+      Can timings be believed here?  [cyan]nearpeak bench selftest[/]
+
+    The exit code is 1 if a kernel's result was wrong, 2 if the request was, 3 if the selftest missed a goal, 130 after
+    Ctrl-C.
     """
     if any(importlib.util.find_spec(name) is None for name in BENCH_MODULES):
         raise _fail(r"nearpeak bench needs more packages: pip install nearpeak\[bench]")
