@@ -12,6 +12,7 @@ from nearpeak.attention import reference
 from nearpeak_bench import (
     attention,
     command,
+    compare,
     memory,
     models,
     noise,
@@ -366,6 +367,9 @@ def invoke(*arguments):
         pytest.param(["norm", "--dtype", "int8"], "unknown dtype 'int8': choose from float32", id="dtype"),
         pytest.param(["norm", "--filter", "nothing"], "no case of norm matches", id="filter"),
         pytest.param(["norm", "--time-budget", "0"], "more than 0 seconds", id="budget"),
+        pytest.param(["norm", "--add", "no.py"], "there is no file no.py to add", id="add"),
+        pytest.param(["compare", "a.json"], "compare takes two files of results", id="compare"),
+        pytest.param(["compare", "no.json", "no.json"], "cannot read no.json", id="compare file"),
     ],
 )
 def test_wrong_requests_get_one_line_that_says_what_to_do(arguments, message):
@@ -420,6 +424,34 @@ def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
     assert [row.shape for row in found.rows] == ["10", "20"]
     assert (tmp_path / "b/c.html").exists()
     assert "| doubling |" in (tmp_path / "d.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("factor", "code"), [(1.0, 0), (1.3, compare.REGRESSION), (0.7, 0)], ids=["same", "slower", "faster"]
+)
+def test_compare_finds_a_kernel_that_became_slower_on_a_slower_machine(found, tmp_path, factor, code):
+    def written(name, kernel, machine):
+        for row in found.rows:
+            for seed, each in enumerate(row.measurements):
+                scale = machine * (kernel if each.implementation == "nearpeak" else 1)
+                each.samples = timing.Samples(list(noisy(scale, 0.01, seed=seed)), 1)
+        (tmp_path / name).write_text(found.to_json())
+        return str(tmp_path / name)
+
+    files = written("before.json", 1.0, 1.0), written("after.json", factor, 2.0)
+    result = invoke("bench", "compare", *files)
+    assert result.exit_code == code, result.output
+
+
+def test_kernel_of_a_file_is_measured_too(toy_suite, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from nearpeak_bench import suites\n"
+        "suites.SUITES['norm'][0].operator.implementation('mine')(lambda x: lambda: x * 2)\n"
+    )
+    result = invoke("bench", "norm", "--add", "mine.py", "--time-budget", "0.01", "--json", "a.json")
+    assert result.exit_code == 0, result.output
+    found = results.Results.from_json((tmp_path / "a.json").read_text())
+    assert all(measurement(row, "mine").ratios for row in found.rows)
 
 
 def test_selftest_tells_of_both_goals(toy_suite, monkeypatch):

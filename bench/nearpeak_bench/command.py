@@ -3,16 +3,17 @@
 import dataclasses
 import itertools
 import pathlib
+import runpy
 import time
 
 import rich.console
 import rich.progress
 import torch
 
-from . import machine, noise, peaks, report, results, runner, selftest, suites, table
+from . import compare, machine, noise, peaks, report, results, runner, selftest, suites, table
 
-SELFTEST = "selftest"
-NAMES = (*suites.SUITES, "model", "all", SELFTEST)
+SELFTEST, COMPARE = "selftest", "compare"
+NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER = pathlib.Path(".nearpeak/results")
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
@@ -32,6 +33,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     pattern: str = ""
     budget: float | None = None
+    add: pathlib.Path | None = None
     json: pathlib.Path | None = None
     html: pathlib.Path | None = None
     markdown: pathlib.Path | None = None
@@ -65,6 +67,10 @@ def run(options: Options, console: rich.console.Console) -> int:
         if len(options.names) > 1:
             raise UsageError("selftest runs alone: nearpeak bench selftest")
         return selftest.run(console)
+    if options.names[:1] == (COMPARE,):
+        return _compare(options.names[1:], console)
+    if options.add:
+        _add(options.add)
     with_model, cases = _choose(options)
     found = results.Results(machine.describe())
     console.print(_machine_line(found.machine))
@@ -88,6 +94,26 @@ def run(options: Options, console: rich.console.Console) -> int:
         return INTERRUPTED
     candidates = (candidate for row in found.rows for candidate in row.candidates())
     return WRONG if any(candidate.status in ("wrong", "failed") for candidate in candidates) else 0
+
+
+def _compare(paths: tuple[str, ...], console: rich.console.Console) -> int:
+    if len(paths) != 2:
+        raise UsageError("compare takes two files of results: nearpeak bench compare before.json after.json")
+    try:
+        return compare.run(console, *map(pathlib.Path, paths))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _add(path: pathlib.Path) -> None:
+    """Run a user's file, which registers implementations of its own with our operators."""
+    try:
+        runpy.run_path(str(path))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path} to add") from None
+    except Exception as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        raise UsageError(f"{path} cannot be added: {type(error).__name__}: {message}") from None
 
 
 def _machine_line(described: dict) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FASTER, SLOWER, SAME, NOISY = "faster", "slower", "same", "too noisy"
+ALL = FASTER, SLOWER, SAME, NOISY = "faster", "slower", "same", "too noisy"
 
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -69,12 +69,30 @@ def ratio(baseline: Sequence[float], candidate: Sequence[float], noise: float = 
     """
     baseline, candidate = np.asarray(baseline), np.asarray(candidate)
     ratios = baseline / candidate
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (BOOTSTRAP_RESAMPLES, len(ratios)))
+    medians = _medians(ratios, np.random.default_rng(seed))
+    return _ratio(float(np.median(ratios)), medians, float(np.median(candidate - baseline)), noise, len(ratios))
+
+
+def change(before: Sequence[float], after: Sequence[float], noise: float = 0.0, seed: int = 0) -> Ratio:
+    """after / before, of the medians of two runs that share no rounds; what they hold is speeds (more is faster)."""
+    before, after = np.asarray(before), np.asarray(after)
+    random = np.random.default_rng(seed)
+    quotients = _medians(after, random) / _medians(before, random)
+    value = float(np.median(after) / np.median(before))
+    difference = float(np.median(after) - np.median(before))
+    return _ratio(value, quotients, difference, noise, min(len(before), len(after)))
+
+
+def _medians(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The medians of resamples."""
+    return np.median(values[random.integers(0, len(values), (BOOTSTRAP_RESAMPLES, len(values)))], axis=1)
+
+
+def _ratio(value: float, resampled: np.ndarray, difference: float, noise: float, rounds: int) -> Ratio:
     tail = 50 * (1 - CONFIDENCE)
-    lower, upper = np.percentile(np.median(ratios[picks], axis=1), (tail, 100 - tail))
-    value = float(np.median(ratios))
-    verdict = _verdict(value, lower, upper, max(LEAST_MARGIN, noise)) if len(ratios) >= ROUNDS_FOR_VERDICT else NOISY
-    return Ratio(value, float(lower), float(upper), float(np.median(candidate - baseline)), verdict)
+    lower, upper = (float(bound) for bound in np.percentile(resampled, (tail, 100 - tail)))
+    verdict = _verdict(value, lower, upper, max(LEAST_MARGIN, noise)) if rounds >= ROUNDS_FOR_VERDICT else NOISY
+    return Ratio(value, lower, upper, difference, verdict)
 
 
 def _verdict(value: float, lower: float, upper: float, margin: float) -> str:

@@ -78,7 +78,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             help="norm, rotary, attention, overhead, model, or all; without a name all but model. "
-            "selftest, alone: whether timings can be believed on this machine."
+            "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
+            "between two files of results."
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Every shape and dtype, or a subset.")] = False,
@@ -88,6 +89,9 @@ def bench(
     pattern: Annotated[str, typer.Option("--filter", help="Only cases whose name contains this.")] = "",
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds of timing per case (never fewer than three rounds).")
+    ] = None,
+    add: Annotated[
+        pathlib.Path | None, typer.Option(help="A Python file that registers kernels of yours, to be measured too.")
     ] = None,
     json: Annotated[pathlib.Path | None, typer.Option(help="Where to write every sample, as JSON.")] = None,
     html: Annotated[pathlib.Path | None, typer.Option(help="Where to write the page with tables and charts.")] = None,
@@ -111,8 +115,12 @@ def bench(
 
       Can timings be believed here?  [cyan]nearpeak bench selftest[/]
 
-    The exit code is 1 if a kernel's result was wrong, 2 if the request was, 3 if the selftest missed a goal, 130 after
-    Ctrl-C.
+      A kernel of yours beside ours:  [cyan]nearpeak bench norm --add mykernel.py[/]
+
+      What changed since:  [cyan]nearpeak bench compare before.json after.json[/]
+
+    The exit code is 1 if a kernel's result was wrong, 2 if the request was, 3 if the selftest missed a goal, 4 if
+    compare found a kernel slower, 5 if it found none but could not tell of some, 130 after Ctrl-C.
     """
     if any(importlib.util.find_spec(name) is None for name in BENCH_MODULES):
         raise _fail(r"nearpeak bench needs more packages: pip install nearpeak\[bench]")
@@ -124,6 +132,7 @@ def bench(
         dtypes=tuple(dtype or ()),
         pattern=pattern,
         budget=time_budget,
+        add=add,
         json=json,
         html=html,
         markdown=markdown,
