@@ -110,6 +110,7 @@ def noisy(scale, sigma, rounds=60, seed=1):
         pytest.param(noisy(1.05, 0.01), noisy(1, 0.01, seed=2), 0.0, verdicts.FASTER, id="5 % faster"),
         pytest.param(noisy(1, 0.01), noisy(1.05, 0.01, seed=2), 0.06, verdicts.SAME, id="5 % on a noisy machine"),
         pytest.param(noisy(1, 0.4), noisy(1, 0.4, seed=2), 0.0, verdicts.NOISY, id="wide"),
+        pytest.param(noisy(1, 0.01), noisy(2, 0.01), 3.0, verdicts.NOISY, id="noise beyond measure"),
         pytest.param(noisy(1, 0.01, 3), noisy(2, 0.01, 3), 0.0, verdicts.NOISY, id="too few rounds"),
     ],
 )
@@ -409,6 +410,7 @@ def toy_suite(doubling, monkeypatch, tmp_path):
     monkeypatch.setitem(suites.SUITES, "norm", cases)
     monkeypatch.setattr(peaks, "measure", lambda device, progress: PEAKS)
     monkeypatch.setattr(noise, "measure", lambda device: 0.01)
+    monkeypatch.setattr(suites, "added", [])
     monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
     return doubling

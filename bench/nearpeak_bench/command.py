@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import pathlib
-import runpy
 import time
 
 import rich.console
@@ -108,7 +107,7 @@ def _compare(paths: tuple[str, ...], console: rich.console.Console) -> int:
 def _add(path: pathlib.Path) -> None:
     """Run a user's file, which registers implementations of its own with our operators."""
     try:
-        runpy.run_path(str(path))
+        suites.add(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path} to add") from None
     except Exception as error:

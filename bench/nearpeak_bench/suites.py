@@ -1,5 +1,7 @@
 """The suites by name, one per family, and the choice of their cases."""
 
+import pathlib
+import runpy
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +10,16 @@ from . import attention, norm, overhead, rotary
 from .cases import Case
 
 SUITES = {"norm": norm.CASES, "rotary": rotary.CASES, "attention": attention.CASES, "overhead": overhead.CASES}
+
+
+# Files of the user's that registered implementations; a fresh process runs them again.
+added: list[pathlib.Path] = []
+
+
+def add(path: pathlib.Path) -> None:
+    """Run a Python file that registers implementations with our operators."""
+    runpy.run_path(str(path))
+    added.append(path.resolve())
 
 
 def select(

@@ -7,7 +7,7 @@ bootstrap's: the medians of rounds drawn again with replacement. The verdict ask
 leaves out 1, and whether the ratio is further from 1 than the margin, which is what this machine's noise could do:
 
     faster, slower   both are so
-    same             nothing further from 1 than twice the margin is possible
+    same             nothing further from 1 than twice the margin, or 10 %, is possible
     too noisy        anything else, and fewer rounds than can tell
 
 Bootstrap: Efron 1979, https://doi.org/10.1214/aos/1176344552; fences: Tukey 1977.
@@ -24,6 +24,8 @@ BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE = 0.95
 # Below this difference nobody changes a kernel, however quiet the machine is.
 LEAST_MARGIN = 0.02
+# And this much is never the same, however noisy it is.
+WIDEST_SAME = 0.1
 # The bootstrap of a median of fewer values is narrower than the truth.
 ROUNDS_FOR_VERDICT = 6
 # Samples beyond the quartiles by this many interquartile ranges, and the share of them that is worth a note.
@@ -100,7 +102,8 @@ def _verdict(value: float, lower: float, upper: float, margin: float) -> str:
         return FASTER
     if upper < 1 and value < 1 / (1 + margin):
         return SLOWER
-    return SAME if lower > 1 / (1 + 2 * margin) and upper < 1 + 2 * margin else NOISY
+    band = 1 + min(2 * margin, WIDEST_SAME)
+    return SAME if lower > 1 / band and upper < band else NOISY
 
 
 def remarks(seconds: Sequence[float]) -> str:
