@@ -39,6 +39,7 @@ def leaves(*tensors):
 
 
 X, WEIGHT = norm_operands()
+PACKED = torch.cat((X, X), dim=-1)
 SAMPLES = {
     "rms_norm": [(*leaves(*norm_operands()), 1e-6, 1.0), (X[0].T.detach().requires_grad_(), None, 0.1, 0.0)],
     "rms_norm_inference": [(X, WEIGHT, 1e-6, 1.0), (X.bfloat16(), WEIGHT, 1e-6, 0.0)],
@@ -57,6 +58,15 @@ SAMPLES = {
         (*leaves(*attention_operands(1)), 4, None, 1.0, 5.0),
     ],
     "attention_inference": [(*(t.bfloat16() for t in attention_operands()), None, None, 0.25, None)],
+    "activation": [(*leaves(X.clone()), kind) for kind in range(6)],
+    "activation_inference": [(X.bfloat16(), 4)],
+    "activation_backward": [(X, X[0].expand_as(X), 1)],
+    "gated_activation": [(*leaves(X.clone(), X.clone()), 1)],
+    "gated_activation_inference": [(X.transpose(0, 1), X.transpose(0, 1), 2)],
+    "gated_activation_backward": [(X, X, X, 4)],
+    "packed_gated_activation": [(*leaves(PACKED.clone()), 4, up_first) for up_first in (False, True)],
+    "packed_gated_activation_inference": [(PACKED.transpose(0, 1), 0, False)],
+    "packed_gated_activation_backward": [(X, PACKED, 4, True)],
     "attention_backward": [(*attention_and_gradients(), 4, 0, 0.25, None)],
 }
 
@@ -105,9 +115,12 @@ LAYERS = {
         attention_operands(),
         (2, None, None),
     ),
+    "gelu": Layer(lambda x: nearpeak.activation(x, "gelu"), (X,), (1,)),
+    "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
+    "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
 }
-FAMILIES = ["add_rms_norm", "rotary", "attention"]
+FAMILIES = ["add_rms_norm", "rotary", "swiglu_packed", "attention"]
 
 
 def results(function, inputs):
@@ -260,6 +273,8 @@ def sizeable(name):
     """Inputs large enough that the kernels share them out over threads."""
     if "rms" in name.lower():
         return tuple(randn(400, 17, seed=i) if t.dim() > 1 else t for i, t in enumerate(LAYERS[name].inputs))
+    if "glu" in name or name == "gelu":
+        return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
     if "rotary" in name:
         return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
     return randn(2, 8, 200, 16), randn(2, 2, 300, 16, seed=1), randn(2, 2, 300, 16, seed=2)

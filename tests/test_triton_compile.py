@@ -10,6 +10,7 @@ from nearpeak_bench.machine_code import (
     attention_case,
     compile_case,
     every_case,
+    feedforward_case,
     norm_case,
     rotary_case,
 )
@@ -23,6 +24,8 @@ CHOSEN = [
     (norm_case(65536, BFLOAT, "backward"), "sm_80"),
     *((rotary_case(128, BFLOAT, interleaved), "sm_90") for interleaved in (False, True)),
     (rotary_case(128, BFLOAT, False), "gfx942"),
+    *((feedforward_case(14336, BFLOAT, "silu", direction), "sm_90") for direction in ("forward", "backward")),
+    (feedforward_case(2048, SINGLE, "gelu", "backward"), "gfx942"),
     *((attention_case(128, BFLOAT), target) for target in TARGETS),
     (attention_case(64, BFLOAT), "sm_90"),
     (attention_case(256, BFLOAT, window=(512, 0)), "sm_86"),

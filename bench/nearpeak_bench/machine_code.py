@@ -19,6 +19,8 @@ import torch
 import triton
 from nearpeak import triton_launch
 from nearpeak.attention import triton_attention
+from nearpeak.feedforward import reference as feedforward
+from nearpeak.feedforward import triton_feedforward
 from nearpeak.norm import triton_rms_norm
 from nearpeak.rotary import triton_rotary
 from rich.console import Console
@@ -217,6 +219,21 @@ def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: in
     )
 
 
+def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) -> Case:
+    """direction: "forward" or "backward", of one packed tensor of gate and up."""
+    packed, grad, kind = (
+        _empty(512, 2 * width, dtype=dtype),
+        _empty(512, width, dtype=dtype),
+        feedforward.NAMES.index(name),
+    )
+    launch = {
+        "forward": lambda: triton_feedforward.packed_gated_activation(packed, kind, False),
+        "backward": lambda: triton_feedforward.packed_gated_activation_backward(grad, packed, kind, False),
+    }[direction]
+    wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(f"feedforward {name} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
 def attention_case(
     head_dim: int, dtype: torch.dtype, length: int = 4096, window=(None, 0), softcap=None, group: int = 4
 ) -> Case:
@@ -255,10 +272,17 @@ def every_case() -> list[Case]:
         for window, softcap in itertools.product(*options.values())
         for length in (4096, 1)
     ]
+    feedforwards = [
+        feedforward_case(width, dtype, name, direction)
+        for name in ("gelu", "silu")
+        for direction in ("forward", "backward")
+        for dtype in (bfloat, single)
+        for width in (14336, 2050)
+    ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
     odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
-    return norms + rotaries + attentions + odd
+    return norms + rotaries + feedforwards + attentions + odd
 
 
 TABLE_WIDTH = 150  # characters, where the terminal has fewer or there is none

@@ -6,10 +6,16 @@ from collections.abc import Iterable
 
 import torch
 
-from . import attention, norm, overhead, rotary
+from . import attention, feedforward, norm, overhead, rotary
 from .cases import Case
 
-SUITES = {"norm": norm.CASES, "rotary": rotary.CASES, "attention": attention.CASES, "overhead": overhead.CASES}
+SUITES = {
+    "norm": norm.CASES,
+    "rotary": rotary.CASES,
+    "feedforward": feedforward.CASES,
+    "attention": attention.CASES,
+    "overhead": overhead.CASES,
+}
 
 
 # Files of the user's that registered implementations; a fresh process runs them again.

@@ -4,6 +4,7 @@ from . import nn
 from .attention import attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
+from .feedforward import activation, geglu, reglu, swiglu
 from .norm import rms_norm
 from .patching import PatchReport, patch, patched, unpatch
 from .rotary import apply_rotary
@@ -12,14 +13,18 @@ from .version import __version__
 __all__ = [
     "PatchReport",
     "__version__",
+    "activation",
     "apply_rotary",
     "attention",
     "explain",
+    "geglu",
     "nn",
     "patch",
     "patched",
+    "reglu",
     "rms_norm",
     "scaled_dot_product_attention",
+    "swiglu",
     "unpatch",
     "use_backend",
     "use_isa",

@@ -1,0 +1,78 @@
+"""Feed-forward activations: SwiGLU of Llama's width, GeGLU of Gemma's, GELU of BERT's; forward and backward."""
+
+import nearpeak
+import torch
+import torch.nn.functional as F
+from nearpeak.feedforward import reference
+
+from .cases import Case, Operator, Work, compiled
+
+LLAMA, GEMMA, BERT = 14336, 2048, 3072
+ROWS = [1, 16, 512]
+
+
+def _operator(name, kind, ours, eager, gated, kernel):
+    """An operator over (rows, width); gated ones read a second input."""
+    inputs_read = 2 if gated else 1
+    plain_kernel = reference.gated_activation if gated else reference.activation
+    number = reference.NAMES.index(kind)
+    names = ("gate", "up") if gated else ("x",)
+    operator = Operator(
+        name=name,
+        shape="{rows}x{width}",
+        inputs=lambda random, rows, width: {each: random(rows, width) for each in names},
+        reference=lambda **inputs: plain_kernel(*inputs.values(), number),
+        plain=lambda **inputs: eager(*inputs.values()),
+        work={
+            # An exponential or its like costs some ten operations.
+            "forward": lambda rows, width: Work(12 * rows * width, inputs_read * rows * width, rows * width),
+            "backward": lambda rows, width: Work(
+                20 * rows * width, (inputs_read + 1) * rows * width, inputs_read * rows * width
+            ),
+        },
+        kernels={"forward": f"{kernel}_inference", "backward": f"{kernel}_backward"},
+        differentiable=names,
+    )
+
+    @operator.implementation("nearpeak")
+    def _(**inputs):
+        arguments = tuple(inputs.values())
+        return lambda: ours(*arguments)
+
+    @operator.implementation("eager", baseline=True)
+    def _(**inputs):
+        arguments = tuple(inputs.values())
+        return lambda: eager(*arguments)
+
+    @operator.implementation("torch.compile", baseline=True, compiled=True)
+    def _(**inputs):
+        arguments, function = tuple(inputs.values()), compiled(eager)
+        return lambda: function(*arguments)
+
+    return operator
+
+
+OPERATORS = {
+    LLAMA: _operator("swiglu", "silu", nearpeak.swiglu, lambda gate, up: F.silu(gate) * up, True, "gated_activation"),
+    GEMMA: _operator(
+        "geglu_tanh",
+        "gelu_tanh",
+        lambda gate, up: nearpeak.geglu(gate, up, "tanh"),
+        lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+        True,
+        "gated_activation",
+    ),
+    BERT: _operator("gelu", "gelu", lambda x: nearpeak.activation(x, "gelu"), F.gelu, False, "activation"),
+}
+
+
+def _cases():
+    for width, operator in OPERATORS.items():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            quick = dtype is not torch.float16
+            for rows in ROWS:
+                yield Case(operator, {"rows": rows, "width": width}, dtype, quick=quick and rows != 16)
+            yield Case(operator, {"rows": 512, "width": width}, dtype, "backward", quick=quick and width == LLAMA)
+
+
+CASES = list(_cases())
