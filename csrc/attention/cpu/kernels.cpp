@@ -1,9 +1,12 @@
-// out = softmax(scale query key^T) value, with the choices of type that the kernels in prefill.h and decode.h need.
+// out = softmax(scale query key^T) value and its gradients: the choices of type that the kernels in prefill.h, decode.h
+// and backward.h need.
 
 #include "kernels.h"
 
 #include <type_traits>
 
+#include "backward.h"
+#include "backward_rows.h"
 #include "decode.h"
 #include "prefill.h"
 #include "tile_products.h"
@@ -52,8 +55,30 @@ void merge(const Forward& p, const Task& task, const float* partials, int64_t co
     });
 }
 
+void prepare_backward(const Backward& p, const Task& task) {
+    with_type(p.dtype, [&](auto* t) { prepare_rows<std::remove_pointer_t<decltype(t)>>(p, task); });
+}
+
+int64_t backward_scratch(const Backward& p) {
+    Arena counting(nullptr);
+    const Task task{};
+    with_type(p.dtype, [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
+    return counting.floats();
+}
+
+void backward(const Backward& p, const Task& task, float* scratch, const Turn* before, Turn* own) {
+    Arena arena(scratch);
+    with_type(p.dtype,
+              [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
+}
+
+void finish_backward(const Backward& p, const Task& task) {
+    with_type(p.dtype, [&](auto* t) { finish_rows<std::remove_pointer_t<decltype(t)>>(p, task); });
+}
+
 }  // namespace
 
-const Kernels kernels = {prefill_scratch, prefill, decode_scratch, decode, merge};
+const Kernels kernels = {prefill_scratch,  prefill,          decode_scratch, decode,         merge,
+                         prepare_backward, backward_scratch, backward,       finish_backward};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -11,78 +11,9 @@
 
 #include "memory.h"
 #include "panel.h"
+#include "register_tiles.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
-
-constexpr int kTile = kLanes == 16 ? 12 : 6;
-
-// Dimensions that are summed in one chain. Longer ones round more: at head_dim 256, one chain errs twice as much as
-// PyTorch's matrix product; chains of 64 do not.
-constexpr int64_t kChain = 64;
-
-// scores[key][query] (+)= key . query over up to kChain dimensions, for kKeys keys. `panel` is query^T, dims x kPanel.
-template <int kKeys>
-inline void multiply_chain(const float* key, int64_t key_stride, const float* panel, int64_t dims, bool add,
-                           float* scores) {
-    Float sums[kKeys][kPanelVectors] = {};
-    const float* rows[kKeys];
-    for (int k = 0; k < kKeys; ++k) rows[k] = key + k * key_stride;
-    for (int64_t d = 0; d < dims; ++d, panel += kPanel) {
-        const Float first = load(panel), second = load(panel + kLanes);
-#pragma GCC unroll 16
-        for (int k = 0; k < kKeys; ++k) {
-            const Float element = broadcast(rows[k][d]);
-            sums[k][0] += element * first;
-            sums[k][1] += element * second;
-        }
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < kKeys; ++k) {
-        float* at = scores + k * kPanel;
-        store(at, add ? load(at) + sums[k][0] : sums[k][0]);
-        store(at + kLanes, add ? load(at + kLanes) + sums[k][1] : sums[k][1]);
-    }
-}
-
-// scores[key][query] = key . query for kKeys keys.
-template <int kKeys>
-inline void multiply_keys(const float* key, int64_t key_stride, const float* panel, int64_t head_dim, float* scores) {
-    for (int64_t d = 0; d < head_dim; d += kChain) {
-        multiply_chain<kKeys>(key + d, key_stride, panel + d * kPanel, std::min(kChain, head_dim - d), d > 0, scores);
-    }
-}
-
-// out[d][query] = out[d][query] * decay[query] + sum over keys of value[key][d] * weights[key][query], for kDims d.
-// `value` holds kTile elements per key. The block is summed on its own and added last: short sums round less.
-template <int kDims>
-inline void multiply_values(const float* value, const float* weights, int64_t keys, const Float (&decay)[2],
-                            float* out) {
-    Float sums[kDims][kPanelVectors] = {};
-    for (int64_t k = 0; k < keys; ++k, value += kTile, weights += kPanel) {
-        const Float first = load(weights), second = load(weights + kLanes);
-#pragma GCC unroll 16
-        for (int d = 0; d < kDims; ++d) {
-            const Float element = broadcast(value[d]);
-            sums[d][0] += element * first;
-            sums[d][1] += element * second;
-        }
-    }
-#pragma GCC unroll 16
-    for (int d = 0; d < kDims; ++d) {
-        float* at = out + d * kPanel;
-        store(at, load(at) * decay[0] + sums[d][0]);
-        store(at + kLanes, load(at + kLanes) * decay[1] + sums[d][1]);
-    }
-}
-
-// Calls function(std::integral_constant<int, count>) for a count in [1, kTile] known only at run time.
-template <class Function, int kCount = kTile>
-inline void with_count(int64_t count, Function function) {
-    if constexpr (kCount > 1) {
-        if (count != kCount) return with_count<Function, kCount - 1>(count, function);
-    }
-    function(std::integral_constant<int, kCount>{});
-}
 
 template <class T>
 class VectorProducts {
@@ -108,17 +39,7 @@ class VectorProducts {
         const float factor = score_factor(p);
         for (int half = 0; half < kPanelVectors; ++half) {
             const QueryLanes<T> rows(p, task, PanelRows(task, panel), half);
-            float* to = query_panel(panel) + half * kLanes;
-            for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
-                Float block[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    block[lane] = rows.lanes[lane] ? load(rows.lanes[lane] + d, lanes) * factor : Float{};
-                }
-                transpose(block);
-                for (int64_t i = 0; i < std::min<int64_t>(kLanes, p.head_dim - d); ++i) {
-                    store(to + (d + i) * kPanel, block[i]);
-                }
-            });
+            transpose_lanes(rows.lanes, p.head_dim, factor, query_panel(panel) + half * kLanes);
         }
     }
 
@@ -135,11 +56,11 @@ class VectorProducts {
         const float* queries = query_panel(panel);
         int64_t k = 0;
         for (; k + kTile <= end - begin; k += kTile) {
-            multiply_keys<kTile>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel);
+            multiply_rows<kTile>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel, kPanel);
         }
         if (k == end - begin) return;
         with_count(end - begin - k, [&](auto keys) {
-            multiply_keys<keys>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel);
+            multiply_rows<keys>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel, kPanel);
         });
     }
 
@@ -148,7 +69,9 @@ class VectorProducts {
         for (int64_t tile = 0; tile < tiles(); ++tile) {
             const float* from = value_tile(tile) + (begin - block_begin) * kTile;
             with_count(std::min<int64_t>(kTile, p.head_dim - tile * kTile), [&](auto dims) {
-                multiply_values<dims>(from, weights, end - begin, decay, out + tile * kTile * kPanel);
+                multiply_tile<dims>(ColumnWise{from, kTile}, weights, kPanel, end - begin, out + tile * kTile * kPanel,
+                                    kPanel,
+                                    [&](Float before, Float sums, int half) { return before * decay[half] + sums; });
             });
         }
     }
@@ -182,7 +105,7 @@ class VectorProducts {
         }
     }
 
-    // value as tiles of kTile columns, each tile key after key, so that multiply_values reads one stream.
+    // value as tiles of kTile columns, each tile key after key, so that one stream is read.
     void pack_values() {
         const T* from = value_rows<T>(p, task) + block_begin * p.value_strides.position;
         const int64_t tile_stride = value_tile(1) - value_tile(0);
