@@ -1,6 +1,7 @@
-// Gradients of attention. With P = 2^(score - lse), which is recomputed, and delta = rowsum(P dP) - dLse:
+// Gradients of attention. With P = 2^(score - lse), which is recomputed, and delta = rowsum(P dP):
 //
-//     dV = P^T dOut      dP = dOut V^T      dScore = P (dP - delta)      dQ = dScore K      dK = dScore^T Q
+//     dP = dOut V^T      dScore = P (dP - delta + dLse)
+//     dV = P^T dOut      dQ = scale dScore K      dK = scale dScore^T Q
 //
 // A task holds a block of keys and walks the blocks of rows that see it. Keys lie across the lanes:
 //
@@ -35,6 +36,7 @@ class BackwardBlock {
           value_columns(arena.take(kBlockKeys * p.head_dim)),
           key_panels(arena.take(kBlockKeys * width)),
           query(arena.take(kBlockRows * row_stride)),
+          scaled_query(arena.take(kBlockRows * row_stride)),
           grad_out(arena.take(kBlockRows * row_stride)),
           scores(arena.take(kBlockRows * kBlockKeys)),
           d_scores(arena.take(kBlockRows * kBlockKeys)),
@@ -46,7 +48,7 @@ class BackwardBlock {
     void run(const Turn* before, Turn* own) {
         load_keys();
         for (float* sums : {d_key, d_value}) std::fill_n(sums, kBlockKeys * width, 0.0f);
-        for (float* rows : {query, grad_out}) std::fill_n(rows, kBlockRows * row_stride, 0.0f);
+        for (float* rows : {query, scaled_query, grad_out}) std::fill_n(rows, kBlockRows * row_stride, 0.0f);
         for (first_row = task.row_begin; first_row < task.row_end; first_row += kBlockRows) {
             rows = std::min(kBlockRows, task.row_end - first_row);
             load_rows();
@@ -58,8 +60,7 @@ class BackwardBlock {
             add_to_rows();
             own->finish(first_row + rows);
         }
-        // The queries were scaled by score_factor, of which scale and softcap (or ln 2) make the derivative.
-        store_keys(static_cast<T*>(p.d_key), p.d_key_strides, d_key, p.softcap > 0 ? p.softcap : kLn2);
+        store_keys(static_cast<T*>(p.d_key), p.d_key_strides, d_key, p.scale);
         store_keys(static_cast<T*>(p.d_value), p.d_value_strides, d_value, 1.0f);
     }
 
@@ -73,9 +74,9 @@ class BackwardBlock {
     // over all sets of a cache.
     const int64_t width, row_stride;
     float *const key_columns, *const value_columns, *const key_panels;  // all panels of kPanel columns
-    float *const query, *const grad_out;
-    float *const scores, *const d_scores;  // kBlockRows x kBlockKeys
-    float *const d_key, *const d_value;    // kBlockKeys x width
+    float *const query, *const scaled_query, *const grad_out;           // kBlockRows x row_stride
+    float *const scores, *const d_scores;                               // kBlockRows x kBlockKeys
+    float *const d_key, *const d_value;                                 // kBlockKeys x width
     int64_t first_row = 0, rows = 0;
 
     void load_keys() {
@@ -95,11 +96,9 @@ class BackwardBlock {
     }
 
     void transpose_block(const T* from, int64_t stride, int64_t k, float* columns) {
-        const T* lanes[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-            lanes[i] = k + i < keys ? from + (task.key_begin + k + i) * stride : nullptr;
-        }
-        transpose_lanes(lanes, p.head_dim, 1.0f, columns + k / kPanel * (p.head_dim * kPanel) + k % kPanel);
+        lanes_of<T>(k, keys, [&](int64_t row) {
+            return from + (task.key_begin + row) * stride;
+        }).transpose_to(p.head_dim, 1.0f, columns + k / kPanel * (p.head_dim * kPanel) + k % kPanel);
     }
 
     void load_rows() {
@@ -108,7 +107,9 @@ class BackwardBlock {
             const T* q = query_row<T>(p, task, first_row + row);
             const T* g = row_in(static_cast<const T*>(p.grad_out), p.grad_out_strides, p, task, first_row + row);
             for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
-                store(query + row * row_stride + d, load(q + d, lanes) * factor);
+                const Float elements = load(q + d, lanes);
+                store(query + row * row_stride + d, elements);
+                store(scaled_query + row * row_stride + d, elements * factor);
                 store(grad_out + row * row_stride + d, load(g + d, lanes));
             });
         }
@@ -131,8 +132,8 @@ class BackwardBlock {
         for (int64_t k = 0; k < keys; k += kPanel) {
             const RowRange seen = rows_that_see(k, k + kPanel);
             for (int64_t row = seen.begin / kTile * kTile; row < seen.end; row += kTile) {
-                multiply_rows<kTile>(query + row * row_stride, row_stride, key_columns + k * p.head_dim, p.head_dim,
-                                     scores + row * kBlockKeys + k, kBlockKeys);
+                multiply_rows<kTile>(scaled_query + row * row_stride, row_stride, key_columns + k * p.head_dim,
+                                     p.head_dim, scores + row * kBlockKeys + k, kBlockKeys);
             }
             for (int64_t row = seen.begin / kTile * kTile; row < seen.end; row += kTile) {
                 multiply_rows<kTile>(grad_out + row * row_stride, row_stride, value_columns + k * p.head_dim,
@@ -144,37 +145,48 @@ class BackwardBlock {
     // Turns scores into P, and dP into dScore; both become zero where a row may not look.
     void differentiate() {
         const RowStatistics* statistics = statistics_of(first_row);
-        for (int64_t row = 0; row < (rows + kTile - 1) / kTile * kTile; ++row) {
-            const KeyRange seen = row < rows ? keys_seen_by(row, row + 1) : KeyRange{0, 0};
-            const bool whole = seen.begin == 0 && seen.end == kBlockKeys;
-            const auto differentiate = p.softcap > 0 ? (whole ? &BackwardBlock::differentiate_row<true, false>
-                                                              : &BackwardBlock::differentiate_row<true, true>)
-                                                     : (whole ? &BackwardBlock::differentiate_row<false, false>
-                                                              : &BackwardBlock::differentiate_row<false, true>);
-            (this->*differentiate)(row, statistics[std::min(row, rows - 1)], seen);
+        for (int64_t row = 0; row < rows; ++row) {
+            float* const weights = scores + row * kBlockKeys;
+            float* const gradients = d_scores + row * kBlockKeys;
+            RowStatistics of_row = statistics[row];
+            if (p.softcap > 0) {
+                cap(weights, gradients, of_row);
+                of_row.delta = of_row.grad_lse = 0.0f;
+            }
+            const KeyRange seen = keys_seen_by(row, row + 1);
+            if (seen.begin == 0 && seen.end == kBlockKeys) {
+                differentiate_row<false>(weights, gradients, of_row, seen);
+            } else {
+                differentiate_row<true>(weights, gradients, of_row, seen);
+            }
+        }
+        // The rest of the last tile of rows.
+        const int64_t end = (rows + kTile - 1) / kTile * kTile;
+        std::fill(d_scores + rows * kBlockKeys, d_scores + end * kBlockKeys, 0.0f);
+    }
+
+    // dScore / P, before the softcap: the difference first, which is zero where a row sees one key.
+    static Float difference(Float gradient, const RowStatistics& of_row) {
+        return (gradient - of_row.delta) + of_row.grad_lse;
+    }
+
+    // score = softcap tanh(product / softcap), by whose slope the difference is multiplied. A loop of its own: else the
+    // compiler fuses the last multiplication with what follows, and the score is not the one that forward summed up.
+    void cap(float* weights, float* gradients, const RowStatistics& of_row) const {
+        for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
+            const auto [t, slope] = tanh_and_slope(load(weights + k) * before_cap(p));
+            store(weights + k, t * after_cap(p));
+            store(gradients + k, difference(load(gradients + k), of_row) * slope);
         }
     }
 
-    template <bool kCapped, bool kMasked>
-    void differentiate_row(int64_t row, const RowStatistics& of_row, KeyRange seen) {
-        float* const weights = scores + row * kBlockKeys;
-        float* const gradients = d_scores + row * kBlockKeys;
-        const RowStatistics statistics = of_row;
-        const float cap = p.softcap * kLog2E;
-        const Int begin = broadcast(static_cast<int32_t>(seen.begin));
-        const Int end = broadcast(static_cast<int32_t>(seen.end));
+    template <bool kMasked>
+    static void differentiate_row(float* weights, float* gradients, RowStatistics of_row, KeyRange seen) {
+        const Int begin = broadcast(static_cast<int32_t>(seen.begin)), end = broadcast(static_cast<int32_t>(seen.end));
         Int number = lane_numbers();
         for (int64_t k = 0; k < kBlockKeys; k += kLanes, number += kLanes) {
-            Float score = load(weights + k);
-            Float slope;
-            if constexpr (kCapped) {
-                const Float t = tanh(score);
-                score = t * cap;
-                slope = 1.0f - t * t;
-            }
-            Float weight = exp2((score - statistics.lse) - statistics.lse_rest);
-            Float gradient = weight * (load(gradients + k) - statistics.delta);
-            if constexpr (kCapped) gradient *= slope;
+            Float weight = exp2((load(weights + k) - of_row.lse) - of_row.lse_rest);
+            Float gradient = weight * difference(load(gradients + k), of_row);
             if constexpr (kMasked) {
                 const Int visible = (number >= begin) & (number < end);
                 weight = select(visible, weight, Float{});

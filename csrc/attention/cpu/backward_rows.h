@@ -1,50 +1,120 @@
 // What backward does once per row, before and after the blocks of keys.
 //
-//     delta = rowsum(dOut out) - dLse, which is rowsum(P dP) - dLse
+//     delta = rowsum(dOut out), which is rowsum(P dP)
 //     d_query = scale * its sums
+//
+// How far P = 2^(score - lse) is from the exact softmax depends on lse, a float32: half a unit in the last place of an
+// lse of 1000 is an error of 3e-5, in all probabilities of the row alike. So where float32 results would show it, the
+// row's scores are computed once more for the exact one: its maximum and its sum.
 #pragma once
 
 #include <cmath>
 
-#include "rows.h"
+#include "prefill.h"
+#include "register_tiles.h"
+#include "vector_products.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
-inline int64_t first_row_of(const Backward& p, const Task& task) {
-    return (task.batch * p.key_heads + task.key_head) * p.padded_rows();
-}
-
-// lse from natural logarithm to base 2, in two floats: one would make P err as much again as lse itself does.
-inline RowStatistics statistics_of(float lse, float delta) {
-    const double exact = std::isfinite(lse) ? lse * 1.4426950408889634 : 0.0;
-    const float high = static_cast<float>(exact);
-    return {high, static_cast<float>(exact - high), delta};
-}
+// Where rounding lse would show beside the other errors of a float32 gradient: beyond this magnitude (in base 2), and
+// where so few keys are seen that exact softmax makes hardly any.
+constexpr float kLargestRoundedLse = 16.0f;
+constexpr int64_t kFewKeys = 4;
 
 template <class T>
-void prepare_rows(const Backward& p, const Task& task) {
-    for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-        const T* out = row_in(static_cast<const T*>(p.out), p.out_strides, p, task, row);
-        const T* grad_out = row_in(static_cast<const T*>(p.grad_out), p.grad_out_strides, p, task, row);
-        Float sums = {};
-        for_each_vector(p.head_dim,
-                        [&](int64_t d, auto lanes, int) { sums += load(out + d, lanes) * load(grad_out + d, lanes); });
-        const int64_t number = number_of(p, task, row);
-        const float grad_lse = p.grad_lse ? p.grad_lse[number] : 0.0f;
-        const int64_t at = first_row_of(p, task) + row;
-        p.statistics[at] = statistics_of(p.lse[number], sum(sums) - grad_lse);
-        std::fill_n(p.d_query_sums + at * p.padded_dim(), p.padded_dim(), 0.0f);
-    }
-}
+class BackwardRows {
+  public:
+    BackwardRows(const Backward& parameters, const Task& this_task, Arena& arena)
+        : p(parameters), task(this_task), pass(describe(parameters)), softmax(pass, task, arena) {}
 
-template <class T>
-void finish_rows(const Backward& p, const Task& task) {
-    for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-        const float* sums = p.d_query_sums + (first_row_of(p, task) + row) * p.padded_dim();
-        T* to = row_in(static_cast<T*>(p.d_query), p.d_query_strides, p, task, row);
-        for_each_vector(p.head_dim,
-                        [&](int64_t d, auto lanes, int) { store(to + d, load(sums + d, lanes) * p.scale, lanes); });
+    void prepare() {
+        bool rounded = true;
+        for (int64_t row = task.row_begin; row < task.row_end; row += kLanes) set_delta(row);
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            RowStatistics& statistics = statistics_of(row);
+            const int64_t number = number_of(p, task, row);
+            set_lse(statistics, p.lse[number]);
+            statistics.grad_lse = p.grad_lse ? p.grad_lse[number] : 0.0f;
+            rounded &= may_be_rounded(row);
+            std::fill_n(sums_of(row), p.padded_dim(), 0.0f);
+        }
+        if (std::is_same_v<T, float> && !rounded) set_exact_lse();
     }
-}
+
+    void finish() {
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            const float* sums = sums_of(row);
+            T* to = row_in(static_cast<T*>(p.d_query), p.d_query_strides, p, task, row);
+            for_each_vector(p.head_dim,
+                            [&](int64_t d, auto lanes, int) { store(to + d, load(sums + d, lanes) * p.scale, lanes); });
+        }
+    }
+
+  private:
+    const Backward& p;
+    const Task& task;
+    const Forward pass;
+    Prefill<T, VectorScores<T>> softmax;
+
+    static Forward describe(const Backward& p) {
+        Forward forward{};
+        static_cast<Call&>(forward) = p;
+        return forward;
+    }
+
+    int64_t number_in_all(int64_t row) const {
+        return (task.batch * p.key_heads + task.key_head) * p.padded_rows() + row;
+    }
+    RowStatistics& statistics_of(int64_t row) const { return p.statistics[number_in_all(row)]; }
+    float* sums_of(int64_t row) const { return p.d_query_sums + number_in_all(row) * p.padded_dim(); }
+
+    // In the very order in which multiply_rows sums dP: so that a row that sees one key only, whose dP is delta, gets
+    // the zero that it should.
+    void set_delta(int64_t row) {
+        const auto lanes_in = [&](const void* tensor, const Strides& strides) {
+            return lanes_of<T>(row, task.row_end, [&](int64_t each) {
+                return row_in(static_cast<const T*>(tensor), strides, p, task, each);
+            });
+        };
+        const Lanes<T> out = lanes_in(p.out, p.out_strides), grad_out = lanes_in(p.grad_out, p.grad_out_strides);
+        Float chain = {}, delta = {};
+        for_each_vector(p.head_dim, [&](int64_t d, auto count, int) {
+            Float o[kLanes], g[kLanes];
+            out.load_transposed(d, count, o);
+            grad_out.load_transposed(d, count, g);
+            if (d % kChain == 0) delta += std::exchange(chain, Float{});
+            const int64_t elements = std::min<int64_t>(kLanes, p.head_dim - d);
+            for (int64_t i = 0; i < elements; ++i) chain += g[i] * o[i];
+        });
+        delta += chain;
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, task.row_end - row); ++i) {
+            statistics_of(row + i).delta = delta[i];
+        }
+    }
+
+    // From natural logarithm to base 2, in two floats: one would err as much again as lse itself does.
+    static void set_lse(RowStatistics& statistics, float natural) {
+        constexpr double kLog2EExactly = 1.4426950408889634;
+        const double lse = std::isfinite(natural) ? natural * kLog2EExactly : 0.0;
+        statistics.lse = static_cast<float>(lse);
+        statistics.lse_rest = static_cast<float>(lse - statistics.lse);
+    }
+
+    bool may_be_rounded(int64_t row) const {
+        const KeyRange keys = allowed_keys(p, row / p.group());
+        return keys.begin == keys.end ||
+               (keys.end - keys.begin > kFewKeys && std::abs(statistics_of(row).lse) <= kLargestRoundedLse);
+    }
+
+    void set_exact_lse() {
+        softmax.sum();
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            RowStatistics& statistics = statistics_of(row);
+            if (may_be_rounded(row)) continue;
+            statistics.lse = softmax.maximum_of(row);
+            statistics.lse_rest = std::log2(softmax.total_of(row));
+        }
+    }
+};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

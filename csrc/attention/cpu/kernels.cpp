@@ -55,8 +55,21 @@ void merge(const Forward& p, const Task& task, const float* partials, int64_t co
     });
 }
 
-void prepare_backward(const Backward& p, const Task& task) {
-    with_type(p.dtype, [&](auto* t) { prepare_rows<std::remove_pointer_t<decltype(t)>>(p, task); });
+int64_t rows_scratch(const Backward& p, int64_t rows) {
+    Arena counting(nullptr);
+    const Task task{0, 0, 0, rows, 0, 0};
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
+    return counting.floats();
+}
+
+void prepare_rows(const Backward& p, const Task& task, float* scratch) {
+    Arena arena(scratch);
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, arena).prepare(); });
+}
+
+void finish_rows(const Backward& p, const Task& task, float* scratch) {
+    Arena arena(scratch);
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, arena).finish(); });
 }
 
 int64_t backward_scratch(const Backward& p) {
@@ -72,13 +85,9 @@ void backward(const Backward& p, const Task& task, float* scratch, const Turn* b
               [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
 }
 
-void finish_backward(const Backward& p, const Task& task) {
-    with_type(p.dtype, [&](auto* t) { finish_rows<std::remove_pointer_t<decltype(t)>>(p, task); });
-}
-
 }  // namespace
 
-const Kernels kernels = {prefill_scratch,  prefill,          decode_scratch, decode,         merge,
-                         prepare_backward, backward_scratch, backward,       finish_backward};
+const Kernels kernels = {prefill_scratch, prefill,      decode_scratch, decode,           merge,
+                         rows_scratch,    prepare_rows, finish_rows,    backward_scratch, backward};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

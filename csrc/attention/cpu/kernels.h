@@ -40,10 +40,11 @@ struct Forward : Call {
     Strides out_strides;
 };
 
-// What backward needs to know of a row: P = 2^(score - lse), dScore = P (dP - delta).
+// What backward needs to know of a row: P = 2^(score - lse), dScore = P (dP - delta + grad_lse).
 struct RowStatistics {
     float lse, lse_rest;  // in base 2, as the sum of two floats
-    float delta;          // rowsum(P dP) - dLse
+    float delta;          // rowsum(P dP)
+    float grad_lse;
 };
 
 // Backward takes a block of rows and a block of keys at a time: multiples of every tile and panel.
@@ -60,7 +61,7 @@ struct Backward : Call {
     void *d_query, *d_key, *d_value;
     Strides out_strides, grad_out_strides, d_query_strides, d_key_strides, d_value_strides;
 
-    // Of every pair, and of `padded_rows` rows each: what `prepare_backward` finds out, and the sums of d_query.
+    // Of every pair, and of `padded_rows` rows each: what `prepare_rows` finds out, and the sums of d_query.
     RowStatistics* statistics;
     float* d_query_sums;
 
@@ -90,14 +91,17 @@ struct Kernels {
     // Rows of `task` from `count` partial results, `partial_stride` floats apart.
     void (*merge)(const Forward&, const Task& task, const float* partials, int64_t count, int64_t partial_stride);
 
+    // Scratch memory of the next two, for a task of so many rows.
+    int64_t (*rows_scratch)(const Backward&, int64_t rows);
     // Statistics of the task's rows, and zeros for their sums.
-    void (*prepare_backward)(const Backward&, const Task&);
+    void (*prepare_rows)(const Backward&, const Task&, float* scratch);
+    // d_query of the task's rows from their sums.
+    void (*finish_rows)(const Backward&, const Task&, float* scratch);
+
+    int64_t (*backward_scratch)(const Backward&);
     // d_key and d_value of the task's keys, complete, from its rows, which it adds to d_query_sums of those rows, in
     // turn: `before` is the turn of the keys before (null for none), `own` this task's.
-    int64_t (*backward_scratch)(const Backward&);
     void (*backward)(const Backward&, const Task&, float* scratch, const Turn* before, Turn* own);
-    // d_query of the task's rows from their sums.
-    void (*finish_backward)(const Backward&, const Task&);
 };
 
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)

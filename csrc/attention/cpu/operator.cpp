@@ -130,20 +130,24 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
     return {out, lse};
 }
 
-// Calls task(...) with every block of rows of every pair, in parallel.
+// Calls function(task, scratch) with all rows, in parallel, as tasks of kBlockRows: always the same ones, so that
+// results do not depend on the number of threads.
 template <class Function>
-void for_each_block_of_rows(const Backward& p, const Function& function) {
-    const int64_t blocks = p.padded_rows() / kBlockRows;
-    parallel_tasks(p.pairs() * blocks, [&](int64_t index) {
-        const int64_t pair = index / blocks, begin = index % blocks * kBlockRows;
-        function(Task{pair / p.key_heads, pair % p.key_heads, begin, std::min(begin + kBlockRows, p.rows()), 0, 0});
+void for_all_rows(const Backward& p, const Kernels& kernels, const Function& function) {
+    const int64_t parts = divide_up(p.rows(), kBlockRows);
+    parallel_tasks(p.pairs() * parts, [&](int64_t index) {
+        const int64_t pair = index / parts, begin = index % parts * kBlockRows;
+        const int64_t end = std::min(begin + kBlockRows, p.rows());
+        const KeyRange keys = allowed_keys(p, begin, end);
+        function(Task{pair / p.key_heads, pair % p.key_heads, begin, end, keys.begin, keys.end},
+                 thread_scratch(kernels.rows_scratch(p, end - begin)));
     });
 }
 
 // One task per pair and block of keys. All pairs' first keys come before any pair's second: under a causal mask those
 // with the most rows first, and as far as can be from the task whose turn is before theirs.
 void run_backward(const Backward& p, const Kernels& kernels) {
-    for_each_block_of_rows(p, [&](const Task& task) { kernels.prepare_backward(p, task); });
+    for_all_rows(p, kernels, [&](const Task& task, float* scratch) { kernels.prepare_rows(p, task, scratch); });
     const int64_t pairs = p.pairs(), blocks = divide_up(p.key_length, kBlockKeys);
     std::vector<Turn> turns(pairs * blocks);
     parallel_tasks(pairs * blocks, [&](int64_t index) {
@@ -160,7 +164,7 @@ void run_backward(const Backward& p, const Kernels& kernels) {
         const Turn* before = index < pairs ? nullptr : &turns[index - pairs];
         kernels.backward(p, task, thread_scratch(kernels.backward_scratch(p)), before, &turns[index]);
     });
-    for_each_block_of_rows(p, [&](const Task& task) { kernels.finish_backward(p, task); });
+    for_all_rows(p, kernels, [&](const Task& task, float* scratch) { kernels.finish_rows(p, task, scratch); });
 }
 
 // The tensor itself, or a copy whose last dimension is dense.

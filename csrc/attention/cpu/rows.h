@@ -57,15 +57,24 @@ const T* value_rows(const Call& p, const Task& task) {
     return rows_in(static_cast<const T*>(p.value), p.value_strides, task);
 }
 
-// lse in natural logarithm, from the maximum of the scores in base 2 and the sum of 2^(score - maximum).
+// lse in natural logarithm, from the maximum of the scores in base 2 and the sum of 2^(score - maximum). Rounded once:
+// backward's probabilities are as good as lse is.
+inline float natural_lse(float maximum, float total) {
+    constexpr double kLn2Exactly = 0.6931471805599453;
+    return total == 0.0f ? -kInfinity : static_cast<float>(kLn2Exactly * (double{maximum} + std::log2(total)));
+}
+
 inline void write_lse(const Forward& p, const Task& task, int64_t row, float maximum, float total) {
-    p.lse[number_of(p, task, row)] = total == 0.0f ? -kInfinity : kLn2 * (maximum + std::log2(total));
+    p.lse[number_of(p, task, row)] = natural_lse(maximum, total);
 }
 
 // Scores are kept in base 2, scaled by log2(e), as the exponential wants them. Without a softcap that factor goes
-// into the query; a softcap stands between, so it takes scale / softcap into the query and the rest afterwards.
-inline float score_factor(const Call& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E; }
+// into the query. A softcap stands between, and its slope shows each rounding of a product: so queries stay as they
+// are.
+inline float score_factor(const Call& p) { return p.softcap > 0 ? 1.0f : p.scale * kLog2E; }
+inline float before_cap(const Call& p) { return p.scale / p.softcap; }
+inline float after_cap(const Call& p) { return p.softcap * kLog2E; }
 
-inline Float capped(const Call& p, Float scores) { return tanh(scores) * (p.softcap * kLog2E); }
+inline Float capped(const Call& p, Float scores) { return tanh(scores * before_cap(p)) * after_cap(p); }
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -3,7 +3,7 @@
 //     scores^T = key query^T     (keys x panel)       each key element is broadcast against a row of query^T
 //     out^T   += value^T weights (head_dim x panel)   each value element is broadcast against a row of weights
 //
-// Both run in tiles of kTile x kPanel sums in registers. Neither needs keys or values transposed.
+// Neither needs keys or values transposed.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,9 @@
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
+// The first product alone.
 template <class T>
-class VectorProducts {
+class VectorScores {
   public:
     // Keys per block, a multiple of every kTile: the weights of a panel and a tile of values fill less than half of a
     // 32 KiB first-level cache. Zen 3, float32, S 2048: 96 keys 82 % of the peak, 192 keys 81 %, 384 keys 73 %.
@@ -24,30 +25,40 @@ class VectorProducts {
     // The scale is in the query panels already.
     static constexpr bool kScoresAreScaled = true;
 
-    VectorProducts(const Forward& parameters, const Task& this_task, Arena& arena) : p(parameters), task(this_task) {
-        query = arena.take(panels_of(task) * p.head_dim * kPanel);
-        widened = arena.take(kBlock * p.head_dim);
-        // Packing a tile's last key writes up to a vector past it.
-        value = arena.take(tiles() * (kBlock * kTile + kLanes));
-    }
+    VectorScores(const Forward& parameters, const Task& this_task, Arena& arena)
+        : p(parameters),
+          task(this_task),
+          query(arena.take(panels_of(task) * p.head_dim * kPanel)),
+          widened(arena.take(kBlock * p.head_dim)) {}
 
     // Rows of out^T that a panel needs.
-    static int64_t out_rows(const Forward& p) { return p.head_dim; }
+    static int64_t out_rows(const Forward&) { return 0; }
 
     // Transposes the panel's queries, scaled; lanes past its last row get zeros.
     void load_queries(int64_t panel) {
-        const float factor = score_factor(p);
         for (int half = 0; half < kPanelVectors; ++half) {
-            const QueryLanes<T> rows(p, task, PanelRows(task, panel), half);
-            transpose_lanes(rows.lanes, p.head_dim, factor, query_panel(panel) + half * kLanes);
+            query_lanes<T>(p, task, PanelRows(task, panel), half)
+                .transpose_to(p.head_dim, score_factor(p), query_panel(panel) + half * kLanes);
         }
     }
 
+    // float32 keys are read where they are; others are widened once for all panels.
     void load_block(int64_t begin, int64_t end) {
         block_begin = begin;
         block_keys = end - begin;
-        load_keys();
-        pack_values();
+        const T* from = key_rows<T>(p, task) + block_begin * p.key_strides.position;
+        if constexpr (std::is_same_v<T, float>) {
+            key = from;
+            key_stride = p.key_strides.position;
+        } else {
+            key = widened;
+            key_stride = p.head_dim;
+            for (int64_t k = 0; k < block_keys; ++k) {
+                for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
+                    store(widened + k * p.head_dim + d, load(from + k * p.key_strides.position + d, lanes), lanes);
+                });
+            }
+        }
     }
 
     // scores[key][query] of keys [begin, end) of the block's keys.
@@ -64,7 +75,39 @@ class VectorProducts {
         });
     }
 
-    // out = out * decay + value^T weights over keys [begin, end) of the block's keys.
+    void add_values(int64_t, int64_t, const float*, const Float (&)[kPanelVectors], float*) {}
+
+  protected:
+    const Forward& p;
+    const Task& task;
+    int64_t block_begin = 0, block_keys = 0;
+
+  private:
+    float *const query, *const widened;
+    const float* key = nullptr;
+    int64_t key_stride = 0;
+
+    float* query_panel(int64_t panel) const { return query + panel * p.head_dim * kPanel; }
+};
+
+template <class T>
+class VectorProducts : public VectorScores<T> {
+  public:
+    using VectorScores<T>::kBlock;
+
+    VectorProducts(const Forward& parameters, const Task& this_task, Arena& arena)
+        // Packing a tile's last key writes up to a vector past it.
+        : VectorScores<T>(parameters, this_task, arena), value(arena.take(tiles() * (kBlock * kTile + kLanes))) {}
+
+    static int64_t out_rows(const Forward& p) { return p.head_dim; }
+
+    void load_block(int64_t begin, int64_t end) {
+        VectorScores<T>::load_block(begin, end);
+        pack_values();
+    }
+
+    // out = out * decay + value^T weights over keys [begin, end) of the block's keys. The block is summed on its own
+    // and added last: short sums round less.
     void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
         for (int64_t tile = 0; tile < tiles(); ++tile) {
             const float* from = value_tile(tile) + (begin - block_begin) * kTile;
@@ -77,33 +120,14 @@ class VectorProducts {
     }
 
   private:
-    const Forward& p;
-    const Task& task;
-    float *query, *widened, *value;
-    int64_t block_begin = 0, block_keys = 0;
-    const float* key = nullptr;
-    int64_t key_stride = 0;
+    using VectorScores<T>::p;
+    using VectorScores<T>::task;
+    using VectorScores<T>::block_begin;
+    using VectorScores<T>::block_keys;
+    float* const value;
 
     int64_t tiles() const { return (p.head_dim + kTile - 1) / kTile; }
-    float* query_panel(int64_t panel) const { return query + panel * p.head_dim * kPanel; }
     float* value_tile(int64_t tile) const { return value + tile * (block_keys * kTile + kLanes); }
-
-    // float32 keys are read where they are; others are widened once for all panels.
-    void load_keys() {
-        const T* from = key_rows<T>(p, task) + block_begin * p.key_strides.position;
-        if constexpr (std::is_same_v<T, float>) {
-            key = from;
-            key_stride = p.key_strides.position;
-        } else {
-            key = widened;
-            key_stride = p.head_dim;
-            for (int64_t k = 0; k < block_keys; ++k) {
-                for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
-                    store(widened + k * p.head_dim + d, load(from + k * p.key_strides.position + d, lanes), lanes);
-                });
-            }
-        }
-    }
 
     // value as tiles of kTile columns, each tile key after key, so that one stream is read.
     void pack_values() {
