@@ -38,8 +38,8 @@ class BackwardBlock {
           query(arena.take(kBlockRows * row_stride)),
           scaled_query(arena.take(kBlockRows * row_stride)),
           grad_out(arena.take(kBlockRows * row_stride)),
-          scores(arena.take(kBlockRows * kBlockKeys)),
-          d_scores(arena.take(kBlockRows * kBlockKeys)),
+          scores(arena.take(kBlockRows * kScoreStride)),
+          d_scores(arena.take(kBlockRows * kScoreStride)),
           d_key(arena.take(kBlockKeys * width)),
           d_value(arena.take(kBlockKeys * width)) {
         static_assert(kBlockRows % kTile == 0 && kBlockKeys % kTile == 0 && kBlockKeys % kPanel == 0);
@@ -66,6 +66,7 @@ class BackwardBlock {
 
   private:
     static constexpr int64_t kLine = 16;  // floats of a cache line
+    static constexpr int64_t kScoreStride = kBlockKeys + kLine;
 
     const Backward& p;
     const Task& task;
@@ -133,11 +134,11 @@ class BackwardBlock {
             const RowRange seen = rows_that_see(k, k + kPanel);
             for (int64_t row = seen.begin / kTile * kTile; row < seen.end; row += kTile) {
                 multiply_rows<kTile>(scaled_query + row * row_stride, row_stride, key_columns + k * p.head_dim,
-                                     p.head_dim, scores + row * kBlockKeys + k, kBlockKeys);
+                                     p.head_dim, scores + row * kScoreStride + k, kScoreStride);
             }
             for (int64_t row = seen.begin / kTile * kTile; row < seen.end; row += kTile) {
                 multiply_rows<kTile>(grad_out + row * row_stride, row_stride, value_columns + k * p.head_dim,
-                                     p.head_dim, d_scores + row * kBlockKeys + k, kBlockKeys);
+                                     p.head_dim, d_scores + row * kScoreStride + k, kScoreStride);
             }
         }
     }
@@ -146,8 +147,8 @@ class BackwardBlock {
     void differentiate() {
         const RowStatistics* statistics = statistics_of(first_row);
         for (int64_t row = 0; row < rows; ++row) {
-            float* const weights = scores + row * kBlockKeys;
-            float* const gradients = d_scores + row * kBlockKeys;
+            float* const weights = scores + row * kScoreStride;
+            float* const gradients = d_scores + row * kScoreStride;
             RowStatistics of_row = statistics[row];
             if (p.softcap > 0) {
                 cap(weights, gradients, of_row);
@@ -162,7 +163,7 @@ class BackwardBlock {
         }
         // The rest of the last tile of rows.
         const int64_t end = (rows + kTile - 1) / kTile * kTile;
-        std::fill(d_scores + rows * kBlockKeys, d_scores + end * kBlockKeys, 0.0f);
+        std::fill(d_scores + rows * kScoreStride, d_scores + end * kScoreStride, 0.0f);
     }
 
     // dScore / P, before the softcap: the difference first, which is zero where a row sees one key.
@@ -204,7 +205,7 @@ class BackwardBlock {
         for (int64_t d = 0; d < width; d += kPanel) {
             for (int64_t k = 0; k < keys; k += kTile) {
                 const auto [begin, end] = seen[k / kTile];
-                multiply_tile<kTile>(ColumnWise{left + begin * kBlockKeys + k, kBlockKeys},
+                multiply_tile<kTile>(ColumnWise{left + begin * kScoreStride + k, kScoreStride},
                                      right + begin * row_stride + d, row_stride, end - begin, sums + k * width + d,
                                      width, kAdd);
             }
@@ -219,7 +220,7 @@ class BackwardBlock {
         for (int64_t d = 0; d < width; d += kPanel) {
             for (int64_t row = 0; row < rows; row += kTile) {
                 const auto [begin, end] = seen[row / kTile];
-                multiply_tile<kTile>(RowWise<kTile>(d_scores + row * kBlockKeys + begin, kBlockKeys),
+                multiply_tile<kTile>(RowWise<kTile>(d_scores + row * kScoreStride + begin, kScoreStride),
                                      key_panels + d * kBlockKeys + begin * kPanel, kPanel, end - begin,
                                      sums + row * p.padded_dim() + d, p.padded_dim(), kAdd);
             }
