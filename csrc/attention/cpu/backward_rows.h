@@ -17,7 +17,8 @@
 namespace nearpeak::attention::NEARPEAK_ISA {
 
 // Where rounding lse would show beside the other errors of a float32 gradient: beyond this magnitude (in base 2), and
-// where so few keys are seen that exact softmax makes hardly any.
+// where so few keys are seen that exact softmax makes hardly any. Below, the error is that of PyTorch's fused backward,
+// which knows no softcap: with one, gradients are held against exact softmax alone, and always get the exact lse.
 constexpr float kLargestRoundedLse = 16.0f;
 constexpr int64_t kFewKeys = 4;
 
@@ -102,8 +103,9 @@ class BackwardRows {
 
     bool may_be_rounded(int64_t row) const {
         const KeyRange keys = allowed_keys(p, row / p.group());
-        return keys.begin == keys.end ||
-               (keys.end - keys.begin > kFewKeys && std::abs(statistics_of(row).lse) <= kLargestRoundedLse);
+        const int64_t count = keys.end - keys.begin;
+        if (count == 0) return true;
+        return p.softcap == 0 && count > kFewKeys && std::abs(statistics_of(row).lse) <= kLargestRoundedLse;
     }
 
     void set_exact_lse() {
