@@ -186,7 +186,7 @@ class BackwardBlock {
         const Int begin = broadcast(static_cast<int32_t>(seen.begin)), end = broadcast(static_cast<int32_t>(seen.end));
         Int number = lane_numbers();
         for (int64_t k = 0; k < kBlockKeys; k += kLanes, number += kLanes) {
-            Float weight = exp2((load(weights + k) - of_row.lse) - of_row.lse_rest);
+            Float weight = exp2(load(weights + k) - of_row.lse) * of_row.factor;
             Float gradient = weight * difference(load(gradients + k), of_row);
             if constexpr (kMasked) {
                 const Int visible = (number >= begin) & (number < end);

@@ -20,7 +20,7 @@ namespace nearpeak::attention::NEARPEAK_ISA {
 // where so few keys are seen that exact softmax makes hardly any. Below, the error is that of PyTorch's fused backward,
 // which knows no softcap: with one, gradients are held against exact softmax alone, and always get the exact lse.
 constexpr float kLargestRoundedLse = 16.0f;
-constexpr int64_t kFewKeys = 4;
+constexpr int64_t kFewKeys = 64;
 
 template <class T>
 class BackwardRows {
@@ -93,12 +93,13 @@ class BackwardRows {
         }
     }
 
-    // From natural logarithm to base 2, in two floats: one would err as much again as lse itself does.
+    // From natural logarithm to base 2, without erring as much again as lse itself does.
     static void set_lse(RowStatistics& statistics, float natural) {
         constexpr double kLog2EExactly = 1.4426950408889634;
         const double lse = std::isfinite(natural) ? natural * kLog2EExactly : 0.0;
         statistics.lse = static_cast<float>(lse);
-        statistics.lse_rest = static_cast<float>(lse - statistics.lse);
+        // 2^-rest, the rest being less than a unit in the last place.
+        statistics.factor = 1.0f - kLn2 * static_cast<float>(lse - statistics.lse);
     }
 
     bool may_be_rounded(int64_t row) const {
@@ -114,7 +115,7 @@ class BackwardRows {
             RowStatistics& statistics = statistics_of(row);
             if (may_be_rounded(row)) continue;
             statistics.lse = softmax.maximum_of(row);
-            statistics.lse_rest = std::log2(softmax.total_of(row));
+            statistics.factor = 1.0f / softmax.total_of(row);
         }
     }
 };

@@ -40,10 +40,10 @@ struct Forward : Call {
     Strides out_strides;
 };
 
-// What backward needs to know of a row: P = 2^(score - lse), dScore = P (dP - delta + grad_lse).
+// What backward needs to know of a row: P = factor 2^(score - lse), dScore = P (dP - delta + grad_lse).
 struct RowStatistics {
-    float lse, lse_rest;  // in base 2, as the sum of two floats
-    float delta;          // rowsum(P dP)
+    float lse, factor;  // in base 2; the factor makes up for what rounding took from it
+    float delta;        // rowsum(P dP)
     float grad_lse;
 };
 
