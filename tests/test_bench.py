@@ -238,11 +238,12 @@ def test_inplace_implementations_do_not_see_each_others_results(doubling):
     assert [each.status for each in row.candidates()] == ["ok", "ok"]
 
 
-def test_backward_is_checked_and_timed(doubling):
-    doubling.work["backward"] = doubling.work["forward"]
-    doubling.kernels["backward"] = "rms_norm_backward"
+@pytest.mark.parametrize("direction", ["backward", "training"])
+def test_gradients_are_checked_and_timed(doubling, direction):
+    doubling.work[direction] = doubling.work["forward"]
+    doubling.kernels[direction] = "rms_norm_backward"
     doubling.differentiable = ("x",)
-    row = runner.run_case("norm", Case(doubling, {"size": 10}, torch.float32, "backward"), SETTINGS, PEAKS)
+    row = runner.run_case("norm", Case(doubling, {"size": 10}, torch.float32, direction), SETTINGS, PEAKS)
     assert measurement(row, "nearpeak").status == "ok"
 
 

@@ -1,4 +1,5 @@
-"""Attention forward: prefill (causal and full, all heads and grouped heads), sliding window, decoding.
+"""Attention: prefill (causal and full, all heads and grouped heads), sliding window, decoding; training, which is
+forward and backward together.
 
 Operations are counted after masking: a causal row of n keys costs what n keys cost.
 """
@@ -9,12 +10,16 @@ import nearpeak
 import torch
 import torch.nn.functional as F
 from nearpeak.attention import reference
+from torch.utils.checkpoint import checkpoint
 
 from .cases import Case, Operator, Work
 
 HEADS = 16
 SEQUENCES = [128, 512, 2048, 4096]
 QUICK_SEQUENCES = SEQUENCES[:3]
+TRAINING_SEQUENCES = SEQUENCES[1:3]
+# Without bfloat16 units, PyTorch's backward of the next length takes 15 seconds a call in bfloat16.
+QUICK_TRAINING_SEQUENCE = 512
 HEAD_DIMS = [64, 128]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -50,7 +55,9 @@ def _reference(query, key, value, mask):
         end = keys if right is None else last + keys - queries
         start = 0 if left is None else max(0, first + keys - queries - left)
         block = query[:, :, first:last], key[:, :, start:end], value[:, :, start:end]
-        blocks.append(reference.attention(*block, left, right, query.shape[-1] ** -0.5, None)[0])
+        options = left, right, query.shape[-1] ** -0.5, None
+        # Backward computes a block's scores anew, so that they never are all in memory either.
+        blocks.append(checkpoint(reference.attention, *block, *options, use_reentrant=False)[0])
     return torch.cat(blocks, dim=2)
 
 
@@ -82,6 +89,12 @@ def _work(heads, key_heads, queries, keys, head_dim, mask):
     )
 
 
+def _training_work(heads, key_heads, queries, keys, head_dim, mask):
+    """Seven products, two forward and five backward; every input and its gradient, out and its gradient."""
+    elements = 2 * heads * queries * head_dim + 2 * key_heads * keys * head_dim
+    return Work(14 * heads * _visible_pairs(queries, keys, mask) * head_dim, read=elements, written=elements)
+
+
 def _operator(name, shape):
     operator = Operator(
         name=name,
@@ -89,8 +102,9 @@ def _operator(name, shape):
         inputs=_inputs,
         reference=_reference,
         plain=lambda **inputs: _sdpa(**inputs)(),
-        work={"forward": _work},
-        kernels={"forward": "attention_inference"},
+        work={"forward": _work, "training": _training_work},
+        kernels={"forward": "attention_inference", "training": "attention_backward"},
+        differentiable=("query", "key", "value"),
     )
 
     @operator.implementation("nearpeak")
@@ -114,6 +128,9 @@ def _cases():
         ):
             shape = {"heads": HEADS, "key_heads": key_heads, "queries": length, "keys": length, "head_dim": head_dim}
             yield Case(attention, {**shape, "mask": mask}, dtype, quick=length in QUICK_SEQUENCES)
+            if length in TRAINING_SEQUENCES:
+                quick = length == QUICK_TRAINING_SEQUENCE and key_heads == HEADS
+                yield Case(attention, {**shape, "mask": mask}, dtype, "training", quick=quick)
     window = {"heads": 8, "key_heads": 8, "queries": 8192, "keys": 8192, "head_dim": 64, "mask": 512}
     decode = {"heads": 32, "key_heads": 8, "queries": 1, "keys": 4096, "head_dim": 128, "mask": "full"}
     for dtype in DTYPES:

@@ -2,7 +2,8 @@
 
     Operator         one operation: how inputs are made, what the right result is, what the work costs, who does it
     Implementation   one way to compute it, ours or a baseline: prepare(**inputs) gives the call that is timed
-    Case             one operator at one shape, in one dtype, forward or backward
+    Case             one operator at one shape, in one dtype, in one direction: "forward", "backward", or "training",
+                     which is both in one call
 
 An operator and its implementations are written like this (see norm.py):
 
@@ -57,9 +58,9 @@ class Operator:
         normally distributed tensor in the case's dtype
     reference: the definition; its result on the inputs in float64 is the truth
     plain: the plain PyTorch layer, whose error is the measure for others' errors
-    work: for "forward", and where it is benchmarked "backward", a function of the parameters that gives Work
+    work: for every direction that is benchmarked, a function of the parameters that gives Work
     kernels: for the same directions, the torch operator that serves ours, to say by which backend
-    differentiable: the inputs whose gradients backward computes
+    differentiable: the inputs whose gradients "backward" and "training" compute
     inplace: results are written into the inputs, so each implementation gets inputs of its own
     """
 
@@ -118,7 +119,7 @@ class Case:
         return self.operator.inputs(random, **self.parameters)
 
     def bind(self, prepare: Callable[..., Callable[[], Any]], inputs: dict[str, Any]) -> Callable[[], Any]:
-        """The call to be timed: an implementation's forward on `inputs`, or its backward alone."""
+        """The call to be timed: an implementation's forward on `inputs`, its backward alone, or both."""
         operator = self.operator
         if operator.inplace:
             inputs = map_tensors(torch.clone, inputs)
@@ -128,8 +129,11 @@ class Case:
         for name in operator.differentiable:
             inputs[name] = inputs[name].detach().requires_grad_()
         wanted = [inputs[name] for name in operator.differentiable]
-        outputs = as_tuple(prepare(**inputs)())
+        call = prepare(**inputs)
+        outputs = as_tuple(call())
         gradients = self._upstream(outputs)
+        if self.direction == "training":
+            return lambda: torch.autograd.grad(as_tuple(call()), wanted, gradients)
         return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
     def _upstream(self, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -8,13 +8,12 @@ namespace nearpeak::NEARPEAK_ISA {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// 2^x. x = n + f with f in [-1/2, 1/2]; 2^f by a polynomial of degree 6, the interpolant in the Chebyshev nodes
-// (relative error 2.5e-9 beside float32's 6e-8); 2^n by adding n to the exponent. Below 2^-126 the result is 0, as
-// -infinity needs. x must be below 128.
-inline Float exp2(Float x) {
-    const Float shift = broadcast(0x1.8p23f);  // after adding it, the low bits of the sum are round(x)
-    const Float shifted = x + shift;
-    const Float f = x - (shifted - shift);
+// After adding it, the low bits of the sum are the rounded number.
+constexpr float kRounder = 0x1.8p23f;
+
+// 2^(n + f), f in [-1/2, 1/2]: 2^f by a polynomial of degree 6, the interpolant in the Chebyshev nodes (relative error
+// 2.5e-9 beside float32's 6e-8), 2^n by adding n to the exponent. `rounded` is n + kRounder.
+inline Float exp2_of_parts(Float rounded, Float f) {
     Float p = broadcast(1.5461444854736328e-4f);
     p = p * f + 1.3400427997112274e-3f;
     p = p * f + 9.6180569380521774e-3f;
@@ -22,12 +21,31 @@ inline Float exp2(Float x) {
     p = p * f + 2.4022650718688965e-1f;
     p = p * f + 6.9314718246459961e-1f;
     p = p * f + 1.0f;
-    const Unsigned scaled = bitcast<Unsigned>(p) + (bitcast<Unsigned>(shifted) << 23);
-    return bitcast<Float>(scaled & ~bitcast<Unsigned>(x < -126.0f));
+    return bitcast<Float>(bitcast<Unsigned>(p) + (bitcast<Unsigned>(rounded) << 23));
 }
 
-// tanh(x): an odd polynomial where |x| < 0.625, elsewhere 1 - 2 / (e^2|x| + 1), which has lost no digits there.
-inline Float tanh(Float x) {
+// 2^x. Below 2^-126 the result is 0, as -infinity needs. x must be below 128.
+inline Float exp2(Float x) {
+    const Float rounded = x + broadcast(kRounder);
+    const Float scaled = exp2_of_parts(rounded, x - (rounded - kRounder));
+    return bitcast<Float>(bitcast<Unsigned>(scaled) & ~bitcast<Unsigned>(x < -126.0f));
+}
+
+// e^x for x in [0, 80]. x / ln 2 rounded to float32 would lose digits: so n ln 2 is taken off x, ln 2 in two parts.
+inline Float exp_of_positive(Float x) {
+    const Float rounded = x * kLog2E + kRounder;
+    const Float n = rounded - kRounder;
+    const Float rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    return exp2_of_parts(rounded, rest * kLog2E);
+}
+
+struct ValueAndSlope {
+    Float value, slope;
+};
+
+// tanh(x): an odd polynomial where |x| < 0.625, elsewhere 1 - r with r = 2 / (e^2|x| + 1), which has lost no digits
+// there. Its slope 1 - tanh(x)^2, which is r (2 - r), stays exact where tanh(x) is almost 1.
+inline ValueAndSlope tanh_and_slope(Float x) {
     const Float magnitude = bitcast<Float>(bitcast<Unsigned>(x) & 0x7fffffffu);
     const Float square = x * x;
     Float p = broadcast(-5.70498872745e-3f);
@@ -36,9 +54,12 @@ inline Float tanh(Float x) {
     p = p * square + 1.33314422036e-1f;
     p = p * square - 3.33332819422e-1f;
     const Float near = x + x * square * p;
-    const Float large = 1.0f - 2.0f / (exp2(min(magnitude, broadcast(20.0f)) * (2.0f * kLog2E)) + 1.0f);
-    const Float far = bitcast<Float>(bitcast<Unsigned>(large) | (bitcast<Unsigned>(x) & 0x80000000u));
-    return magnitude < 0.625f ? near : far;
+    const Float r = 2.0f / (exp_of_positive(2.0f * min(magnitude, broadcast(20.0f))) + 1.0f);
+    const Float far = bitcast<Float>(bitcast<Unsigned>(1.0f - r) | (bitcast<Unsigned>(x) & 0x80000000u));
+    const Int is_near = magnitude < 0.625f;
+    return {select(is_near, near, far), select(is_near, 1.0f - near * near, r * (2.0f - r))};
 }
+
+inline Float tanh(Float x) { return tanh_and_slope(x).value; }
 
 }  // namespace nearpeak::NEARPEAK_ISA

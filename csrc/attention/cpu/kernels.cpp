@@ -1,9 +1,12 @@
-// out = softmax(scale query key^T) value, with the choices of type that the kernels in prefill.h and decode.h need.
+// out = softmax(scale query key^T) value and its gradients: the choices of type that the kernels in prefill.h, decode.h
+// and backward.h need.
 
 #include "kernels.h"
 
 #include <type_traits>
 
+#include "backward.h"
+#include "backward_rows.h"
 #include "decode.h"
 #include "prefill.h"
 #include "tile_products.h"
@@ -52,8 +55,39 @@ void merge(const Forward& p, const Task& task, const float* partials, int64_t co
     });
 }
 
+int64_t rows_scratch(const Backward& p, int64_t rows) {
+    Arena counting(nullptr);
+    const Task task{0, 0, 0, rows, 0, 0};
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
+    return counting.floats();
+}
+
+void prepare_rows(const Backward& p, const Task& task, float* scratch) {
+    Arena arena(scratch);
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, arena).prepare(); });
+}
+
+void finish_rows(const Backward& p, const Task& task, float* scratch) {
+    Arena arena(scratch);
+    with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, arena).finish(); });
+}
+
+int64_t backward_scratch(const Backward& p) {
+    Arena counting(nullptr);
+    const Task task{};
+    with_type(p.dtype, [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
+    return counting.floats();
+}
+
+void backward(const Backward& p, const Task& task, float* scratch, const Turn* before, Turn* own) {
+    Arena arena(scratch);
+    with_type(p.dtype,
+              [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
+}
+
 }  // namespace
 
-const Kernels kernels = {prefill_scratch, prefill, decode_scratch, decode, merge};
+const Kernels kernels = {prefill_scratch, prefill,      decode_scratch, decode,           merge,
+                         rows_scratch,    prepare_rows, finish_rows,    backward_scratch, backward};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -1,10 +1,11 @@
-// Attention's forward pass: what one call needs, and the kernels that each instruction set provides.
+// Attention: what one call needs, and the kernels that each instruction set provides.
 #pragma once
 
 #include <cstdint>
 
 #include "../../cpu/dtype.h"
 #include "../../cpu/isa.h"
+#include "../../cpu/turn.h"
 
 namespace nearpeak::attention {
 
@@ -13,13 +14,12 @@ struct Strides {
     int64_t batch, head, position;
 };
 
-struct Forward {
+// What both directions need.
+struct Call {
     const void* query;
     const void* key;
     const void* value;
-    void* out;
-    float* lse;  // (batch, heads, query length), contiguous
-    Strides query_strides, key_strides, value_strides, out_strides;
+    Strides query_strides, key_strides, value_strides;
     int64_t batch, heads, key_heads, query_length, key_length, head_dim;
     float scale;
     float softcap;                      // 0 for none
@@ -30,6 +30,45 @@ struct Forward {
     // grouped heads share what is loaded, and a run of rows spans few positions under a causal mask.
     int64_t group() const { return heads / key_heads; }
     int64_t rows() const { return query_length * group(); }
+    // Pairs of a batch entry and a key head.
+    int64_t pairs() const { return batch * key_heads; }
+};
+
+struct Forward : Call {
+    void* out;
+    float* lse;  // (batch, heads, query length), contiguous
+    Strides out_strides;
+};
+
+// What backward needs to know of a row: P = factor 2^(score - lse), dScore = P (dP - delta + grad_lse).
+struct RowStatistics {
+    float lse, factor;  // in base 2; the factor makes up for what rounding took from it
+    float delta;        // rowsum(P dP)
+    float grad_lse;
+};
+
+// Backward takes a block of rows and a block of keys at a time: multiples of every tile and panel.
+//
+// A block of keys is packed once and stays in the second-level cache (512 KiB) while all rows that see it pass by, with
+// the scores of the two blocks. Longer blocks make longer sums per read and write of a tile of results. Zen 3, float32,
+// S 1536, head_dim 64, one thread: 48 x 96 79 % of the peak, 48 x 192 83 %, 72 x 192 84 %, 96 x 192 83 %.
+constexpr int64_t kBlockRows = 72, kBlockKeys = 192;
+
+struct Backward : Call {
+    const void* out;
+    const void* grad_out;
+    const float* lse;       // (batch, heads, query length), contiguous
+    const float* grad_lse;  // likewise, or null for zeros
+    void *d_query, *d_key, *d_value;
+    Strides out_strides, grad_out_strides, d_query_strides, d_key_strides, d_value_strides;
+
+    // Of every pair, and of `padded_rows` rows each: what `prepare_rows` finds out, and the sums of d_query.
+    RowStatistics* statistics;
+    float* d_query_sums;
+
+    int64_t padded_rows() const { return (rows() + kBlockRows - 1) / kBlockRows * kBlockRows; }
+    // A multiple of every panel.
+    int64_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
 };
 
 // Rows of a decode task at most.
@@ -52,6 +91,18 @@ struct Kernels {
     void (*decode)(const Forward&, const Task&, float* scratch, float* partial);
     // Rows of `task` from `count` partial results, `partial_stride` floats apart.
     void (*merge)(const Forward&, const Task& task, const float* partials, int64_t count, int64_t partial_stride);
+
+    // Scratch memory of the next two, for a task of so many rows.
+    int64_t (*rows_scratch)(const Backward&, int64_t rows);
+    // Statistics of the task's rows, and zeros for their sums.
+    void (*prepare_rows)(const Backward&, const Task&, float* scratch);
+    // d_query of the task's rows from their sums.
+    void (*finish_rows)(const Backward&, const Task&, float* scratch);
+
+    int64_t (*backward_scratch)(const Backward&);
+    // d_key and d_value of the task's keys, complete, from its rows, which it adds to d_query_sums of those rows, in
+    // turn: `before` is the turn of the keys before (null for none), `own` this task's.
+    void (*backward)(const Backward&, const Task&, float* scratch, const Turn* before, Turn* own);
 };
 
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)

@@ -7,14 +7,17 @@
 
 namespace nearpeak::attention {
 
-// A half-open range of keys.
+// Half-open ranges.
 struct KeyRange {
+    int64_t begin, end;
+};
+struct RowRange {
     int64_t begin, end;
 };
 
 // Keys that the query at `position` may look at: its own position counted from the end of the keys, the window
 // around it, and no more than there are.
-inline KeyRange allowed_keys(const Forward& p, int64_t position) {
+inline KeyRange allowed_keys(const Call& p, int64_t position) {
     const int64_t own = position + p.key_length - p.query_length;
     const int64_t begin = std::clamp<int64_t>(own - p.window_left, 0, p.key_length);
     const int64_t end = std::clamp<int64_t>(own + p.window_right + 1, 0, p.key_length);
@@ -22,8 +25,16 @@ inline KeyRange allowed_keys(const Forward& p, int64_t position) {
 }
 
 // Keys that some row in [row_begin, row_end) may look at: both ends of the window only move forward.
-inline KeyRange allowed_keys(const Forward& p, int64_t row_begin, int64_t row_end) {
+inline KeyRange allowed_keys(const Call& p, int64_t row_begin, int64_t row_end) {
     return {allowed_keys(p, row_begin / p.group()).begin, allowed_keys(p, (row_end - 1) / p.group()).end};
+}
+
+// Rows outside of which none may look at a key in [key_begin, key_end).
+inline RowRange allowed_rows(const Call& p, int64_t key_begin, int64_t key_end) {
+    const int64_t shift = p.key_length - p.query_length;
+    const int64_t begin = std::clamp<int64_t>(key_begin - p.window_right - shift, 0, p.query_length);
+    const int64_t end = std::clamp<int64_t>(key_end + p.window_left - shift, 0, p.query_length);
+    return {begin * p.group(), std::max(begin, end) * p.group()};
 }
 
 }  // namespace nearpeak::attention

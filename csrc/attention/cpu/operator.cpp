@@ -1,4 +1,4 @@
-// The CPU kernel of the operator that kernels/nearpeak/attention/operator.py defines: cuts a call into tasks.
+// The CPU kernels of the operators that kernels/nearpeak/attention/operator.py defines: cuts a call into tasks.
 
 #include <cmath>
 #include <tuple>
@@ -37,6 +37,14 @@ bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const std
     return same_shape(value, key) && k[0] == q[0] && k[3] == q[3] && q[3] >= 1 && q[3] <= kMaxHeadDim &&
            (k[1] == 0 ? q[1] == 0 : q[1] % k[1] == 0) && dense_last(query) && dense_last(key) && dense_last(value) &&
            (!softcap || (*softcap > 0 && std::isfinite(*softcap)));
+}
+
+bool is_like(const Tensor& tensor, const Tensor& query) { return same_shape(tensor, query) && same_kind(tensor, query); }
+
+bool is_lse_of(const Tensor& lse, const Tensor& query) {
+    const auto sizes = lse.sizes(), of = query.sizes();
+    return sizes.size() == 3 && std::equal(sizes.begin(), sizes.end(), of.begin()) && lse.is_cpu() &&
+           lse.scalar_type() == torch::headeronly::ScalarType::Float;
 }
 
 // Tasks of many rows, those with the most keys first, so that no thread is left alone with a long one.
@@ -100,23 +108,16 @@ void run_decode(const Forward& p, const Kernels& kernels) {
     });
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                                     double scale, std::optional<double> softcap) {
-    require(fits(query, key, value, softcap), "attention");
+// Sets what both directions need of a call.
+void describe(Call& p, const Tensor& query, const Tensor& key, const Tensor& value, std::optional<int64_t> window_left,
+              std::optional<int64_t> window_right, double scale, std::optional<double> softcap) {
     constexpr int64_t kOpen = int64_t{1} << 60;
-    Tensor out = empty_laid_out_like(query);
-    Tensor lse = empty_floats({query.size(0), query.size(1), query.size(2)});
-    Forward p{};
     p.query = query.const_data_ptr();
     p.key = key.const_data_ptr();
     p.value = value.const_data_ptr();
-    p.out = out.mutable_data_ptr();
-    p.lse = static_cast<float*>(lse.mutable_data_ptr());
     p.query_strides = strides_of(query);
     p.key_strides = strides_of(key);
     p.value_strides = strides_of(value);
-    p.out_strides = strides_of(out);
     p.batch = query.size(0);
     p.heads = query.size(1);
     p.query_length = query.size(2);
@@ -128,6 +129,19 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
     p.window_left = window_left ? std::clamp(*window_left, -kOpen, kOpen) : kOpen;
     p.window_right = window_right ? std::clamp(*window_right, -kOpen, kOpen) : kOpen;
     p.dtype = dtype_of(query);
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                                     double scale, std::optional<double> softcap) {
+    require(fits(query, key, value, softcap), "attention");
+    Tensor out = empty_laid_out_like(query);
+    Tensor lse = empty_floats({query.size(0), query.size(1), query.size(2)});
+    Forward p{};
+    describe(p, query, key, value, window_left, window_right, scale, softcap);
+    p.out = out.mutable_data_ptr();
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.out_strides = strides_of(out);
     if (p.batch * p.heads * p.query_length == 0) return {out, lse};
     const Kernels& kernels = *kKernels[selected_isa()];
     if (p.rows() <= kFewRows) {
@@ -138,11 +152,92 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
     return {out, lse};
 }
 
+// Calls function(task, scratch) with all rows, in parallel, as tasks of kBlockRows: always the same ones, so that
+// results do not depend on the number of threads.
+template <class Function>
+void for_all_rows(const Backward& p, const Kernels& kernels, const Function& function) {
+    const int64_t parts = divide_up(p.rows(), kBlockRows);
+    parallel_tasks(p.pairs() * parts, [&](int64_t index) {
+        const int64_t pair = index / parts, begin = index % parts * kBlockRows;
+        const int64_t end = std::min(begin + kBlockRows, p.rows());
+        const KeyRange keys = allowed_keys(p, begin, end);
+        function(Task{pair / p.key_heads, pair % p.key_heads, begin, end, keys.begin, keys.end},
+                 thread_scratch(kernels.rows_scratch(p, end - begin)));
+    });
+}
+
+// One task per pair and block of keys. All pairs' first keys come before any pair's second: under a causal mask those
+// with the most rows first, and as far as can be from the task whose turn is before theirs.
+void run_backward(const Backward& p, const Kernels& kernels) {
+    for_all_rows(p, kernels, [&](const Task& task, float* scratch) { kernels.prepare_rows(p, task, scratch); });
+    const int64_t pairs = p.pairs(), blocks = divide_up(p.key_length, kBlockKeys);
+    std::vector<Turn> turns(pairs * blocks);
+    parallel_tasks(pairs * blocks, [&](int64_t index) {
+        // Also where scratch memory is not to be had: the next task must not wait for ever.
+        struct Finish {
+            Turn& turn;
+            ~Finish() { turn.finish(Turn::kAllRows); }
+        } finish{turns[index]};
+        const int64_t pair = index % pairs, key = index / pairs * kBlockKeys;
+        const int64_t key_end = std::min(key + kBlockKeys, p.key_length);
+        const RowRange rows = allowed_rows(p, key, key_end);
+        const Task task{
+            pair / p.key_heads, pair % p.key_heads, rows.begin / kBlockRows * kBlockRows, rows.end, key, key_end};
+        const Turn* before = index < pairs ? nullptr : &turns[index - pairs];
+        kernels.backward(p, task, thread_scratch(kernels.backward_scratch(p)), before, &turns[index]);
+    });
+    for_all_rows(p, kernels, [&](const Task& task, float* scratch) { kernels.finish_rows(p, task, scratch); });
+}
+
+// The tensor itself, or a copy whose last dimension is dense.
+Tensor made_dense_last(const Tensor& tensor) {
+    return tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& any_grad_out,
+                                                      const std::optional<Tensor>& any_grad_lse, const Tensor& query,
+                                                      const Tensor& key, const Tensor& value, const Tensor& any_out,
+                                                      const Tensor& any_lse, std::optional<int64_t> window_left,
+                                                      std::optional<int64_t> window_right, double scale,
+                                                      std::optional<double> softcap) {
+    require(fits(query, key, value, softcap) && is_like(any_grad_out, query) && is_like(any_out, query) &&
+                is_lse_of(any_lse, query) && (!any_grad_lse || is_lse_of(*any_grad_lse, query)),
+            "attention_backward");
+    const Tensor grad_out = made_dense_last(any_grad_out), out = made_dense_last(any_out);
+    const Tensor lse = made_contiguous(any_lse);
+    const std::optional<Tensor> grad_lse =
+        any_grad_lse ? std::optional<Tensor>(made_contiguous(*any_grad_lse)) : std::nullopt;
+    Tensor d_query = empty_laid_out_like(query), d_key = empty_laid_out_like(key), d_value = empty_laid_out_like(value);
+    Backward p{};
+    describe(p, query, key, value, window_left, window_right, scale, softcap);
+    p.out = out.const_data_ptr();
+    p.grad_out = grad_out.const_data_ptr();
+    p.lse = static_cast<const float*>(lse.const_data_ptr());
+    p.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->const_data_ptr()) : nullptr;
+    p.d_query = d_query.mutable_data_ptr();
+    p.d_key = d_key.mutable_data_ptr();
+    p.d_value = d_value.mutable_data_ptr();
+    p.out_strides = strides_of(out);
+    p.grad_out_strides = strides_of(grad_out);
+    p.d_query_strides = strides_of(d_query);
+    p.d_key_strides = strides_of(d_key);
+    p.d_value_strides = strides_of(d_value);
+    if (p.batch * p.key_heads == 0) return {d_query, d_key, d_value};
+    const int64_t rows = p.pairs() * p.padded_rows();
+    Tensor sums = empty_floats({rows, p.padded_dim()});
+    std::vector<RowStatistics> statistics(rows);
+    p.d_query_sums = static_cast<float*>(sums.mutable_data_ptr());
+    p.statistics = statistics.data();
+    run_backward(p, *kKernels[selected_isa()]);
+    return {d_query, d_key, d_value};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("attention", TORCH_BOX(&attention));
     library.impl("attention_inference", TORCH_BOX(&attention));
+    library.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace nearpeak::attention

@@ -1,6 +1,8 @@
 // The unit of work of prefill: a panel of query rows, one per lane.
 #pragma once
 
+#include <algorithm>
+
 #include "rows.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -20,17 +22,41 @@ struct PanelRows {
 
 inline int64_t panels_of(const Task& task) { return (task.row_end - task.row_begin + kPanel - 1) / kPanel; }
 
-// The queries of each lane of a vector; null past the panel's last row.
+// The rows of each lane of a vector; null where there are none.
 template <class T>
-struct QueryLanes {
-    QueryLanes(const Forward& p, const Task& task, PanelRows rows, int half) {
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int64_t row = rows.begin + half * kLanes + lane;
-            lanes[lane] = row < rows.end ? query_row<T>(p, task, row) : nullptr;
-        }
+struct Lanes {
+    const T* rows[kLanes];
+
+    // block[i][lane] = element d + i of the lane's row; null lanes give zeros. `count` as in for_each_vector.
+    template <class Count>
+    void load_transposed(int64_t d, Count count, Float (&block)[kLanes]) const {
+        for (int lane = 0; lane < kLanes; ++lane) block[lane] = rows[lane] ? load(rows[lane] + d, count) : Float{};
+        transpose(block);
     }
 
-    const T* lanes[kLanes];
+    // to[d][lane] = factor * element d of the lane's row; the rows of `to` are kPanel apart.
+    void transpose_to(int64_t head_dim, float factor, float* to) const {
+        for_each_vector(head_dim, [&](int64_t d, auto count, int) {
+            Float block[kLanes];
+            load_transposed(d, count, block);
+            const int64_t elements = std::min<int64_t>(kLanes, head_dim - d);
+            for (int64_t i = 0; i < elements; ++i) store(to + (d + i) * kPanel, block[i] * factor);
+        });
+    }
 };
+
+// Lanes of the rows [begin, end), kLanes at most: row(number) says where each begins.
+template <class T, class Row>
+Lanes<T> lanes_of(int64_t begin, int64_t end, Row row) {
+    Lanes<T> lanes;
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes.rows[lane] = begin + lane < end ? row(begin + lane) : nullptr;
+    return lanes;
+}
+
+// Queries of one half of a panel.
+template <class T>
+Lanes<T> query_lanes(const Call& p, const Task& task, PanelRows rows, int half) {
+    return lanes_of<T>(rows.begin + half * kLanes, rows.end, [&](int64_t row) { return query_row<T>(p, task, row); });
+}
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

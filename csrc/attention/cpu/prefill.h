@@ -29,6 +29,12 @@ class Prefill {
     }
 
     void run() {
+        sum();
+        for (int64_t panel = 0; panel < panels_of(task); ++panel) finish_panel(panel);
+    }
+
+    // All but the outputs: the sums over the keys.
+    void sum() {
         const int64_t panels = panels_of(task);
         for (int64_t panel = 0; panel < panels; ++panel) start_panel(panel);
         for (int64_t begin = task.key_begin; begin < task.key_end; begin += Products::kBlock) {
@@ -36,8 +42,11 @@ class Prefill {
             products.load_block(begin, end);
             for (int64_t panel = 0; panel < panels; ++panel) add_block(panel, begin, end);
         }
-        for (int64_t panel = 0; panel < panels; ++panel) finish_panel(panel);
     }
+
+    // What `sum` found for a row of the task: the maximum of its scores, in base 2, and the sum of 2^(score - maximum).
+    float maximum_of(int64_t row) const { return maximum[row - task.row_begin]; }
+    float total_of(int64_t row) const { return total[row - task.row_begin]; }
 
   private:
     const Forward& p;

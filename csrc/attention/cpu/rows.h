@@ -14,45 +14,67 @@ struct RowPlace {
     int64_t position, head;
 };
 
-inline RowPlace place_of(const Forward& p, const Task& task, int64_t row) {
+inline RowPlace place_of(const Call& p, const Task& task, int64_t row) {
     return {row / p.group(), task.key_head * p.group() + row % p.group()};
 }
 
+// The row's head_dim elements in a tensor of query's shape.
 template <class T>
-const T* query_row(const Forward& p, const Task& task, int64_t row) {
+T* row_in(T* tensor, const Strides& strides, const Call& p, const Task& task, int64_t row) {
     const auto [position, head] = place_of(p, task, row);
-    return static_cast<const T*>(p.query) + task.batch * p.query_strides.batch + head * p.query_strides.head +
-           position * p.query_strides.position;
+    return tensor + task.batch * strides.batch + head * strides.head + position * strides.position;
+}
+
+// The row's number in a contiguous (batch, heads, query length).
+inline int64_t number_of(const Call& p, const Task& task, int64_t row) {
+    const auto [position, head] = place_of(p, task, row);
+    return (task.batch * p.heads + head) * p.query_length + position;
+}
+
+template <class T>
+const T* query_row(const Call& p, const Task& task, int64_t row) {
+    return row_in(static_cast<const T*>(p.query), p.query_strides, p, task, row);
 }
 
 template <class T>
 T* out_row(const Forward& p, const Task& task, int64_t row) {
-    const auto [position, head] = place_of(p, task, row);
-    return static_cast<T*>(p.out) + task.batch * p.out_strides.batch + head * p.out_strides.head +
-           position * p.out_strides.position;
+    return row_in(static_cast<T*>(p.out), p.out_strides, p, task, row);
+}
+
+// The task's rows in a tensor of key's shape, which begin strides.position apart.
+template <class T>
+T* rows_in(T* tensor, const Strides& strides, const Task& task) {
+    return tensor + task.batch * strides.batch + task.key_head * strides.head;
 }
 
 template <class T>
-const T* key_rows(const Forward& p, const Task& task) {
-    return static_cast<const T*>(p.key) + task.batch * p.key_strides.batch + task.key_head * p.key_strides.head;
+const T* key_rows(const Call& p, const Task& task) {
+    return rows_in(static_cast<const T*>(p.key), p.key_strides, task);
 }
 
 template <class T>
-const T* value_rows(const Forward& p, const Task& task) {
-    return static_cast<const T*>(p.value) + task.batch * p.value_strides.batch + task.key_head * p.value_strides.head;
+const T* value_rows(const Call& p, const Task& task) {
+    return rows_in(static_cast<const T*>(p.value), p.value_strides, task);
 }
 
-// lse in natural logarithm, from the maximum of the scores in base 2 and the sum of 2^(score - maximum).
+// lse in natural logarithm, from the maximum of the scores in base 2 and the sum of 2^(score - maximum). Rounded once:
+// backward's probabilities are as good as lse is.
+inline float natural_lse(float maximum, float total) {
+    constexpr double kLn2Exactly = 0.6931471805599453;
+    return total == 0.0f ? -kInfinity : static_cast<float>(kLn2Exactly * (double{maximum} + std::log2(total)));
+}
+
 inline void write_lse(const Forward& p, const Task& task, int64_t row, float maximum, float total) {
-    const auto [position, head] = place_of(p, task, row);
-    p.lse[(task.batch * p.heads + head) * p.query_length + position] =
-        total == 0.0f ? -kInfinity : kLn2 * (maximum + std::log2(total));
+    p.lse[number_of(p, task, row)] = natural_lse(maximum, total);
 }
 
 // Scores are kept in base 2, scaled by log2(e), as the exponential wants them. Without a softcap that factor goes
-// into the query; a softcap stands between, so it takes scale / softcap into the query and the rest afterwards.
-inline float score_factor(const Forward& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2E; }
+// into the query. A softcap stands between, and its slope shows each rounding of a product: so queries stay as they
+// are.
+inline float score_factor(const Call& p) { return p.softcap > 0 ? 1.0f : p.scale * kLog2E; }
+inline float before_cap(const Call& p) { return p.scale / p.softcap; }
+inline float after_cap(const Call& p) { return p.softcap * kLog2E; }
 
-inline Float capped(const Forward& p, Float scores) { return tanh(scores) * (p.softcap * kLog2E); }
+inline Float capped(const Call& p, Float scores) { return tanh(scores * before_cap(p)) * after_cap(p); }
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

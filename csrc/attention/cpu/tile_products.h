@@ -38,10 +38,10 @@ class TileProducts {
     // Per half panel and kTileDepth dimensions, a right factor: pairs (d, d + 1) x 16 queries.
     void load_queries(int64_t panel) {
         for (int half = 0; half < kPanelVectors; ++half) {
-            const QueryLanes<bfloat16> rows(p, task, PanelRows(task, panel), half);
+            const auto lanes = query_lanes<bfloat16>(p, task, PanelRows(task, panel), half);
             for (int64_t d = 0; d < padded_dim(p); d += kTileDepth) {
                 Float block[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_pairs(rows.lanes[lane], d);
+                for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_pairs(lanes.rows[lane], d);
                 transpose(block);
                 float* to = reinterpret_cast<float*>(query_factor(panel, half, d));
                 for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);

@@ -3,7 +3,7 @@
 //     scores^T = key query^T     (keys x panel)       each key element is broadcast against a row of query^T
 //     out^T   += value^T weights (head_dim x panel)   each value element is broadcast against a row of weights
 //
-// Both run in tiles of kTile x kPanel sums in registers. Neither needs keys or values transposed.
+// Neither needs keys or values transposed.
 #pragma once
 
 #include <algorithm>
@@ -11,81 +11,13 @@
 
 #include "memory.h"
 #include "panel.h"
+#include "register_tiles.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
-constexpr int kTile = kLanes == 16 ? 12 : 6;
-
-// Dimensions that are summed in one chain. Longer ones round more: at head_dim 256, one chain errs twice as much as
-// PyTorch's matrix product; chains of 64 do not.
-constexpr int64_t kChain = 64;
-
-// scores[key][query] (+)= key . query over up to kChain dimensions, for kKeys keys. `panel` is query^T, dims x kPanel.
-template <int kKeys>
-inline void multiply_chain(const float* key, int64_t key_stride, const float* panel, int64_t dims, bool add,
-                           float* scores) {
-    Float sums[kKeys][kPanelVectors] = {};
-    const float* rows[kKeys];
-    for (int k = 0; k < kKeys; ++k) rows[k] = key + k * key_stride;
-    for (int64_t d = 0; d < dims; ++d, panel += kPanel) {
-        const Float first = load(panel), second = load(panel + kLanes);
-#pragma GCC unroll 16
-        for (int k = 0; k < kKeys; ++k) {
-            const Float element = broadcast(rows[k][d]);
-            sums[k][0] += element * first;
-            sums[k][1] += element * second;
-        }
-    }
-#pragma GCC unroll 16
-    for (int k = 0; k < kKeys; ++k) {
-        float* at = scores + k * kPanel;
-        store(at, add ? load(at) + sums[k][0] : sums[k][0]);
-        store(at + kLanes, add ? load(at + kLanes) + sums[k][1] : sums[k][1]);
-    }
-}
-
-// scores[key][query] = key . query for kKeys keys.
-template <int kKeys>
-inline void multiply_keys(const float* key, int64_t key_stride, const float* panel, int64_t head_dim, float* scores) {
-    for (int64_t d = 0; d < head_dim; d += kChain) {
-        multiply_chain<kKeys>(key + d, key_stride, panel + d * kPanel, std::min(kChain, head_dim - d), d > 0, scores);
-    }
-}
-
-// out[d][query] = out[d][query] * decay[query] + sum over keys of value[key][d] * weights[key][query], for kDims d.
-// `value` holds kTile elements per key. The block is summed on its own and added last: short sums round less.
-template <int kDims>
-inline void multiply_values(const float* value, const float* weights, int64_t keys, const Float (&decay)[2],
-                            float* out) {
-    Float sums[kDims][kPanelVectors] = {};
-    for (int64_t k = 0; k < keys; ++k, value += kTile, weights += kPanel) {
-        const Float first = load(weights), second = load(weights + kLanes);
-#pragma GCC unroll 16
-        for (int d = 0; d < kDims; ++d) {
-            const Float element = broadcast(value[d]);
-            sums[d][0] += element * first;
-            sums[d][1] += element * second;
-        }
-    }
-#pragma GCC unroll 16
-    for (int d = 0; d < kDims; ++d) {
-        float* at = out + d * kPanel;
-        store(at, load(at) * decay[0] + sums[d][0]);
-        store(at + kLanes, load(at + kLanes) * decay[1] + sums[d][1]);
-    }
-}
-
-// Calls function(std::integral_constant<int, count>) for a count in [1, kTile] known only at run time.
-template <class Function, int kCount = kTile>
-inline void with_count(int64_t count, Function function) {
-    if constexpr (kCount > 1) {
-        if (count != kCount) return with_count<Function, kCount - 1>(count, function);
-    }
-    function(std::integral_constant<int, kCount>{});
-}
-
+// The first product alone.
 template <class T>
-class VectorProducts {
+class VectorScores {
   public:
     // Keys per block, a multiple of every kTile: the weights of a panel and a tile of values fill less than half of a
     // 32 KiB first-level cache. Zen 3, float32, S 2048: 96 keys 82 % of the peak, 192 keys 81 %, 384 keys 73 %.
@@ -93,80 +25,27 @@ class VectorProducts {
     // The scale is in the query panels already.
     static constexpr bool kScoresAreScaled = true;
 
-    VectorProducts(const Forward& parameters, const Task& this_task, Arena& arena) : p(parameters), task(this_task) {
-        query = arena.take(panels_of(task) * p.head_dim * kPanel);
-        widened = arena.take(kBlock * p.head_dim);
-        // Packing a tile's last key writes up to a vector past it.
-        value = arena.take(tiles() * (kBlock * kTile + kLanes));
-    }
+    VectorScores(const Forward& parameters, const Task& this_task, Arena& arena)
+        : p(parameters),
+          task(this_task),
+          query(arena.take(panels_of(task) * p.head_dim * kPanel)),
+          widened(arena.take(kBlock * p.head_dim)) {}
 
     // Rows of out^T that a panel needs.
-    static int64_t out_rows(const Forward& p) { return p.head_dim; }
+    static int64_t out_rows(const Forward&) { return 0; }
 
     // Transposes the panel's queries, scaled; lanes past its last row get zeros.
     void load_queries(int64_t panel) {
-        const float factor = score_factor(p);
         for (int half = 0; half < kPanelVectors; ++half) {
-            const QueryLanes<T> rows(p, task, PanelRows(task, panel), half);
-            float* to = query_panel(panel) + half * kLanes;
-            for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
-                Float block[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    block[lane] = rows.lanes[lane] ? load(rows.lanes[lane] + d, lanes) * factor : Float{};
-                }
-                transpose(block);
-                for (int64_t i = 0; i < std::min<int64_t>(kLanes, p.head_dim - d); ++i) {
-                    store(to + (d + i) * kPanel, block[i]);
-                }
-            });
+            query_lanes<T>(p, task, PanelRows(task, panel), half)
+                .transpose_to(p.head_dim, score_factor(p), query_panel(panel) + half * kLanes);
         }
     }
 
+    // float32 keys are read where they are; others are widened once for all panels.
     void load_block(int64_t begin, int64_t end) {
         block_begin = begin;
         block_keys = end - begin;
-        load_keys();
-        pack_values();
-    }
-
-    // scores[key][query] of keys [begin, end) of the block's keys.
-    void score(int64_t panel, int64_t begin, int64_t end, float* scores) {
-        const float* rows = key + (begin - block_begin) * key_stride;
-        const float* queries = query_panel(panel);
-        int64_t k = 0;
-        for (; k + kTile <= end - begin; k += kTile) {
-            multiply_keys<kTile>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel);
-        }
-        if (k == end - begin) return;
-        with_count(end - begin - k, [&](auto keys) {
-            multiply_keys<keys>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel);
-        });
-    }
-
-    // out = out * decay + value^T weights over keys [begin, end) of the block's keys.
-    void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
-        for (int64_t tile = 0; tile < tiles(); ++tile) {
-            const float* from = value_tile(tile) + (begin - block_begin) * kTile;
-            with_count(std::min<int64_t>(kTile, p.head_dim - tile * kTile), [&](auto dims) {
-                multiply_values<dims>(from, weights, end - begin, decay, out + tile * kTile * kPanel);
-            });
-        }
-    }
-
-  private:
-    const Forward& p;
-    const Task& task;
-    float *query, *widened, *value;
-    int64_t block_begin = 0, block_keys = 0;
-    const float* key = nullptr;
-    int64_t key_stride = 0;
-
-    int64_t tiles() const { return (p.head_dim + kTile - 1) / kTile; }
-    float* query_panel(int64_t panel) const { return query + panel * p.head_dim * kPanel; }
-    float* value_tile(int64_t tile) const { return value + tile * (block_keys * kTile + kLanes); }
-
-    // float32 keys are read where they are; others are widened once for all panels.
-    void load_keys() {
         const T* from = key_rows<T>(p, task) + block_begin * p.key_strides.position;
         if constexpr (std::is_same_v<T, float>) {
             key = from;
@@ -182,7 +61,75 @@ class VectorProducts {
         }
     }
 
-    // value as tiles of kTile columns, each tile key after key, so that multiply_values reads one stream.
+    // scores[key][query] of keys [begin, end) of the block's keys.
+    void score(int64_t panel, int64_t begin, int64_t end, float* scores) {
+        const float* rows = key + (begin - block_begin) * key_stride;
+        const float* queries = query_panel(panel);
+        int64_t k = 0;
+        for (; k + kTile <= end - begin; k += kTile) {
+            multiply_rows<kTile>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel, kPanel);
+        }
+        if (k == end - begin) return;
+        with_count(end - begin - k, [&](auto keys) {
+            multiply_rows<keys>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel, kPanel);
+        });
+    }
+
+    void add_values(int64_t, int64_t, const float*, const Float (&)[kPanelVectors], float*) {}
+
+  protected:
+    const Forward& p;
+    const Task& task;
+    int64_t block_begin = 0, block_keys = 0;
+
+  private:
+    float *const query, *const widened;
+    const float* key = nullptr;
+    int64_t key_stride = 0;
+
+    float* query_panel(int64_t panel) const { return query + panel * p.head_dim * kPanel; }
+};
+
+template <class T>
+class VectorProducts : public VectorScores<T> {
+  public:
+    using VectorScores<T>::kBlock;
+
+    VectorProducts(const Forward& parameters, const Task& this_task, Arena& arena)
+        // Packing a tile's last key writes up to a vector past it.
+        : VectorScores<T>(parameters, this_task, arena), value(arena.take(tiles() * (kBlock * kTile + kLanes))) {}
+
+    static int64_t out_rows(const Forward& p) { return p.head_dim; }
+
+    void load_block(int64_t begin, int64_t end) {
+        VectorScores<T>::load_block(begin, end);
+        pack_values();
+    }
+
+    // out = out * decay + value^T weights over keys [begin, end) of the block's keys. The block is summed on its own
+    // and added last: short sums round less.
+    void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
+        for (int64_t tile = 0; tile < tiles(); ++tile) {
+            const float* from = value_tile(tile) + (begin - block_begin) * kTile;
+            with_count(std::min<int64_t>(kTile, p.head_dim - tile * kTile), [&](auto dims) {
+                multiply_tile<dims>(ColumnWise{from, kTile}, weights, kPanel, end - begin, out + tile * kTile * kPanel,
+                                    kPanel,
+                                    [&](Float before, Float sums, int half) { return before * decay[half] + sums; });
+            });
+        }
+    }
+
+  private:
+    using VectorScores<T>::p;
+    using VectorScores<T>::task;
+    using VectorScores<T>::block_begin;
+    using VectorScores<T>::block_keys;
+    float* const value;
+
+    int64_t tiles() const { return (p.head_dim + kTile - 1) / kTile; }
+    float* value_tile(int64_t tile) const { return value + tile * (block_keys * kTile + kLanes); }
+
+    // value as tiles of kTile columns, each tile key after key, so that one stream is read.
     void pack_values() {
         const T* from = value_rows<T>(p, task) + block_begin * p.value_strides.position;
         const int64_t tile_stride = value_tile(1) - value_tile(0);

@@ -1,6 +1,7 @@
 """The torch operators of attention, and its full public function.
 
-Backward is the reference's formula here: it recomputes the probabilities in plain PyTorch.
+Backward recomputes the probabilities from lse: block by block in the C++ kernel, in memory that grows with the length
+of the sequence; elsewhere by the reference's formula in plain PyTorch, which holds the scores of the whole sequence.
 """
 
 import math

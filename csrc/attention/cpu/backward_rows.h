@@ -1,0 +1,123 @@
+// What backward does once per row, before and after the blocks of keys.
+//
+//     delta = rowsum(dOut out), which is rowsum(P dP)
+//     d_query = scale * its sums
+//
+// How far P = 2^(score - lse) is from the exact softmax depends on lse, a float32: half a unit in the last place of an
+// lse of 1000 is an error of 3e-5, in all probabilities of the row alike. So where float32 results would show it, the
+// row's scores are computed once more for the exact one: its maximum and its sum.
+#pragma once
+
+#include <cmath>
+
+#include "prefill.h"
+#include "register_tiles.h"
+#include "vector_products.h"
+
+namespace nearpeak::attention::NEARPEAK_ISA {
+
+// Where rounding lse would show beside the other errors of a float32 gradient: beyond this magnitude (in base 2), and
+// where so few keys are seen that exact softmax makes hardly any. Below, the error is that of PyTorch's fused backward,
+// which knows no softcap: with one, gradients are held against exact softmax alone, and always get the exact lse.
+constexpr float kLargestRoundedLse = 16.0f;
+constexpr int64_t kFewKeys = 64;
+
+template <class T>
+class BackwardRows {
+  public:
+    BackwardRows(const Backward& parameters, const Task& this_task, Arena& arena)
+        : p(parameters), task(this_task), pass(describe(parameters)), softmax(pass, task, arena) {}
+
+    void prepare() {
+        bool rounded = true;
+        for (int64_t row = task.row_begin; row < task.row_end; row += kLanes) set_delta(row);
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            RowStatistics& statistics = statistics_of(row);
+            const int64_t number = number_of(p, task, row);
+            set_lse(statistics, p.lse[number]);
+            statistics.grad_lse = p.grad_lse ? p.grad_lse[number] : 0.0f;
+            rounded &= may_be_rounded(row);
+            std::fill_n(sums_of(row), p.padded_dim(), 0.0f);
+        }
+        if (std::is_same_v<T, float> && !rounded) set_exact_lse();
+    }
+
+    void finish() {
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            const float* sums = sums_of(row);
+            T* to = row_in(static_cast<T*>(p.d_query), p.d_query_strides, p, task, row);
+            for_each_vector(p.head_dim,
+                            [&](int64_t d, auto lanes, int) { store(to + d, load(sums + d, lanes) * p.scale, lanes); });
+        }
+    }
+
+  private:
+    const Backward& p;
+    const Task& task;
+    const Forward pass;
+    Prefill<T, VectorScores<T>> softmax;
+
+    static Forward describe(const Backward& p) {
+        Forward forward{};
+        static_cast<Call&>(forward) = p;
+        return forward;
+    }
+
+    int64_t number_in_all(int64_t row) const {
+        return (task.batch * p.key_heads + task.key_head) * p.padded_rows() + row;
+    }
+    RowStatistics& statistics_of(int64_t row) const { return p.statistics[number_in_all(row)]; }
+    float* sums_of(int64_t row) const { return p.d_query_sums + number_in_all(row) * p.padded_dim(); }
+
+    // In the very order in which multiply_rows sums dP: so that a row that sees one key only, whose dP is delta, gets
+    // the zero that it should.
+    void set_delta(int64_t row) {
+        const auto lanes_in = [&](const void* tensor, const Strides& strides) {
+            return lanes_of<T>(row, task.row_end, [&](int64_t each) {
+                return row_in(static_cast<const T*>(tensor), strides, p, task, each);
+            });
+        };
+        const Lanes<T> out = lanes_in(p.out, p.out_strides), grad_out = lanes_in(p.grad_out, p.grad_out_strides);
+        Float chain = {}, delta = {};
+        for_each_vector(p.head_dim, [&](int64_t d, auto count, int) {
+            Float o[kLanes], g[kLanes];
+            out.load_transposed(d, count, o);
+            grad_out.load_transposed(d, count, g);
+            if (d % kChain == 0) delta += std::exchange(chain, Float{});
+            const int64_t elements = std::min<int64_t>(kLanes, p.head_dim - d);
+            for (int64_t i = 0; i < elements; ++i) chain += g[i] * o[i];
+        });
+        delta += chain;
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, task.row_end - row); ++i) {
+            statistics_of(row + i).delta = delta[i];
+        }
+    }
+
+    // From natural logarithm to base 2, without erring as much again as lse itself does.
+    static void set_lse(RowStatistics& statistics, float natural) {
+        constexpr double kLog2EExactly = 1.4426950408889634;
+        const double lse = std::isfinite(natural) ? natural * kLog2EExactly : 0.0;
+        statistics.lse = static_cast<float>(lse);
+        // 2^-rest, the rest being less than a unit in the last place.
+        statistics.factor = 1.0f - kLn2 * static_cast<float>(lse - statistics.lse);
+    }
+
+    bool may_be_rounded(int64_t row) const {
+        const KeyRange keys = allowed_keys(p, row / p.group());
+        const int64_t count = keys.end - keys.begin;
+        if (count == 0) return true;
+        return p.softcap == 0 && count > kFewKeys && std::abs(statistics_of(row).lse) <= kLargestRoundedLse;
+    }
+
+    void set_exact_lse() {
+        softmax.sum();
+        for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+            RowStatistics& statistics = statistics_of(row);
+            if (may_be_rounded(row)) continue;
+            statistics.lse = softmax.maximum_of(row);
+            statistics.factor = 1.0f / softmax.total_of(row);
+        }
+    }
+};
+
+}  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -1,0 +1,87 @@
+// Matrix products in tiles of kTile x kPanel sums in registers, with vector multiply-adds in float32.
+//
+//     out[row][lane] = combine(out[row][lane], sum over steps of left[row][step] * right[step][lane])
+//
+// Each left element is broadcast against a row of `right`. All of attention's vector products take this form, forward
+// and backward; they differ in which matrix lies how.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "panel.h"
+
+namespace nearpeak::attention::NEARPEAK_ISA {
+
+constexpr int kTile = kLanes == 16 ? 12 : 6;
+
+// Dimensions that are summed in one chain. Longer ones round more: at head_dim 256, one chain errs twice as much as
+// PyTorch's matrix product; chains of 64 do not.
+constexpr int64_t kChain = 64;
+
+// A left matrix whose steps lie next to each other, rows `stride` apart.
+template <int kRows>
+struct RowWise {
+    RowWise(const float* first, int64_t stride) {
+        for (int row = 0; row < kRows; ++row) rows[row] = first + row * stride;
+    }
+    float operator()(int row, int64_t step) const { return rows[row][step]; }
+
+    const float* rows[kRows];
+};
+
+// A left matrix whose rows lie next to each other, steps `stride` apart.
+struct ColumnWise {
+    float operator()(int row, int64_t step) const { return first[step * stride + row]; }
+
+    const float* first;
+    int64_t stride;
+};
+
+template <int kRows, class Left, class Combine>
+inline void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
+                          int64_t out_stride, Combine combine) {
+    Float sums[kRows][kPanelVectors] = {};
+    for (int64_t step = 0; step < steps; ++step, right += right_stride) {
+        const Float first = load(right), second = load(right + kLanes);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) {
+            const Float element = broadcast(left(row, step));
+            sums[row][0] += element * first;
+            sums[row][1] += element * second;
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row) {
+        for (int half = 0; half < kPanelVectors; ++half) {
+            float* at = out + row * out_stride + half * kLanes;
+            store(at, combine(load(at), sums[row][half], half));
+        }
+    }
+}
+
+constexpr auto kReplace = [](Float, Float sums, int) { return sums; };
+constexpr auto kAdd = [](Float before, Float sums, int) { return before + sums; };
+
+// out[row][lane] = left[row] . right[lane] over head_dim, in chains. `right` is transposed, head_dim x kPanel.
+template <int kRows>
+inline void multiply_rows(const float* left, int64_t left_stride, const float* right, int64_t head_dim, float* out,
+                          int64_t out_stride) {
+    multiply_tile<kRows>(RowWise<kRows>(left, left_stride), right, kPanel, std::min(kChain, head_dim), out, out_stride,
+                         kReplace);
+    for (int64_t d = kChain; d < head_dim; d += kChain) {
+        multiply_tile<kRows>(RowWise<kRows>(left + d, left_stride), right + d * kPanel, kPanel,
+                             std::min(kChain, head_dim - d), out, out_stride, kAdd);
+    }
+}
+
+// Calls function(std::integral_constant<int, count>) for a count in [1, kTile] known only at run time.
+template <class Function, int kCount = kTile>
+inline void with_count(int64_t count, Function function) {
+    if constexpr (kCount > 1) {
+        if (count != kCount) return with_count<Function, kCount - 1>(count, function);
+    }
+    function(std::integral_constant<int, kCount>{});
+}
+
+}  // namespace nearpeak::attention::NEARPEAK_ISA
