@@ -50,7 +50,10 @@ def test_use_backend_restores_after_an_exception():
 def test_unknown_backends_are_refused(name):
     if name is None:
         pytest.skip("None is how a backend is released")
-    with pytest.raises(ValueError, match="backend must be one of cpu, triton, reference"), nearpeak.use_backend(name):
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, triton, cuda, reference"),
+        nearpeak.use_backend(name),
+    ):
         pass
     assert backends._forced is None
 

@@ -22,12 +22,13 @@ constexpr int kMaxDims = 16;
 
 Dtype dtype_of(const Tensor& tensor);
 
-// A new CPU tensor of `sizes`, dense, the outer dimensions in the order of like's strides (largest outermost, equal
-// ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same rule.
+// A new tensor of `sizes` on like's device, dense, the outer dimensions in the order of like's strides (largest
+// outermost, equal ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same
+// rule.
 Tensor empty_laid_out_like(const Tensor& like);
 Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes);
 
-// New contiguous CPU tensors: of like's dtype, and of float32.
+// New contiguous tensors: of like's dtype on its device, and of float32 on the CPU.
 Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor empty_floats(std::initializer_list<int64_t> sizes);
 

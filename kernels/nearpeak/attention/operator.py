@@ -135,7 +135,7 @@ def attention(query, key, value, *, causal=False, window=(None, None), scale=Non
         right = 0 if right is None else min(right, 0)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    if backends.reference_serves(query):
+    if backends.reference_serves(query, kernels=("cpu", "triton")):
         serve = reference.attention
     elif operators.wants_gradient(query, key, value):
         serve = _attention
