@@ -39,7 +39,7 @@ INSTRUCTION_SETS = {
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Multiply-adds may fuse; nothing else that changes results. Python's own -fwrapv costs bfloat16 norms half their speed.
 OPTIMISATION = ["-O3", "-g0", "-fno-wrapv", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-CUDA_FAMILIES = ("norm",)
+CUDA_FAMILIES = ("norm", "rotary")
 CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 # GCC 12 warns of its own AVX-512 headers, and of torch's.

@@ -23,6 +23,8 @@ OPERATORS = {
     "add_rms_norm": ("add_rms_norm", "add_rms_norm_inference"),
     "rms_norm_out": ("rms_norm_out",),
     "rms_norm_backward": ("rms_norm_backward",),
+    "apply_rotary": ("apply_rotary", "apply_rotary_inference"),
+    "apply_rotary_": ("apply_rotary_",),
 }
 
 

@@ -10,9 +10,10 @@ import cuda_emulation
 import nearpeak
 import pytest
 import test_norm
+import test_rotary
 import torch
 from draws import assert_as_exact
-from inputs import DTYPES, randn
+from inputs import DTYPES, laid_out_like, randn
 from test_norm import Case
 
 pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ compiler (g++)")
@@ -96,6 +97,56 @@ def test_a_bad_row_spoils_no_other(width):
     assert y[2].isnan().all()
 
 
+ROTARY_CASES = [
+    *(
+        test_rotary.Case(head_dim=head_dim, interleaved=interleaved)
+        for head_dim in (2, 6, 14, 16, 34, 64, 80, 128, 256, 320, 2080)
+        for interleaved in (False, True)
+    ),
+    *(
+        test_rotary.Case(table=table, table_dtype=torch.float32, interleaved=interleaved)
+        for table in test_rotary.TABLES
+        for interleaved in (False, True)
+    ),
+    *(test_rotary.Case(sequence=sequence) for sequence in (0, 1, 33)),
+    # More heads than a thread turns, query's and key's in the same group, and none.
+    *(test_rotary.Case(heads=heads, key_heads=key_heads) for heads, key_heads in ((17, 3), (1, 1), (4, 0), (0, 2))),
+    test_rotary.Case(heads=20, key_heads=13, sequence=600, batch=1, head_dim=16),
+    test_rotary.Case(batch=0),
+]
+
+
+@pytest.mark.parametrize("case", ROTARY_CASES, ids=test_rotary.case_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_is_as_exact_as_plain(dtype, case):
+    draws = test_rotary.draws_of(case, dtype)
+    assert_as_exact(test_rotary.results(case, dtype, draws), test_rotary.standards_of(case, dtype, draws))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize("layout", [*test_rotary.LAYOUTS, "packed", "expanded_heads"])
+@pytest.mark.parametrize("head_dim", [34, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_keeps_any_layout(dtype, head_dim, layout, interleaved):
+    case = test_rotary.Case(head_dim=head_dim, interleaved=interleaved)
+    draws = [(test_rotary.laid_out(layout, *inputs), grads) for inputs, grads in test_rotary.draws_of(case, dtype)]
+    mine = test_rotary.results(case, dtype, draws)
+    assert_as_exact(mine, test_rotary.standards_of(case, dtype, draws))
+    for tensor, like in zip(mine[0][:2], draws[0][0], strict=True):
+        assert laid_out_like(tensor, like)
+
+
+@pytest.mark.parametrize("layout", [*test_rotary.LAYOUTS, "packed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_in_place_writes_only_its_own_elements(dtype, layout):
+    test_rotary.test_in_place_writes_only_its_own_elements(None, dtype, layout)
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+def test_rotary_in_place_is_the_same(interleaved):
+    test_rotary.test_in_place_and_without_gradients_are_the_same(None, test_rotary.Case(interleaved=interleaved))
+
+
 def path_of(library):
     command = [cuda_emulation.COMPILER, f"-print-file-name={library}"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -113,7 +164,7 @@ def test_under_sanitizers():
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", pathlib.Path(__file__).name]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-xs", pathlib.Path(__file__).name]
     result = subprocess.run(
         command, env=environment, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
     )
