@@ -16,7 +16,11 @@ from draws import assert_as_exact
 from inputs import DTYPES, laid_out_like, randn
 from test_norm import Case
 
-pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ compiler (g++)")
+pytestmark = [
+    pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ compiler (g++)"),
+    # The C++ kernels for the CPU, for the time of a test.
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators"),
+]
 
 
 @pytest.fixture(scope="module")
