@@ -193,9 +193,10 @@ __device__ void store_partial(const Backward& p, const float (&d_weight)[PACKS][
 template <class T, class W, int V, int PACKS>
 __global__ void __launch_bounds__(kMostThreads) backward_rows(const Backward p) {
     float d_weight[PACKS][V] = {};
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows;
-         first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-        const int64_t row = first + threadIdx.y;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    // All threads of a block take part as long as one of them has a row, since they meet at barriers.
+    for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row - threadIdx.y < p.rows;
+         row += step) {
         const int packs = row < p.rows ? static_cast<int>(p.width / V) : 0;
         const T* hidden_row = row_of<T>(p.hidden, p.hidden_rows, row);
         const T* grad_row = row_of<T>(p.grad, p.grad_rows, row);
