@@ -2,7 +2,7 @@
 
 Each instruction set's kernels live in a namespace of its name and are chosen when the library loads, so one wheel runs
 on every processor of its architecture. Where there is no compiler the package is installed without the extension, and
-says so when asked (`nearpeak info`).
+says so when asked (`nearpeak info`). The CUDA kernels are built too where torch has CUDA and nvcc is there.
 
 Environment variables:
     NEARPEAK_BUILD_EMULATED=1   also compile the AVX-512 and AMX sources for any AVX2 processor, to test them there
@@ -39,6 +39,9 @@ INSTRUCTION_SETS = {
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Multiply-adds may fuse; nothing else that changes results. Python's own -fwrapv costs bfloat16 norms half their speed.
 OPTIMISATION = ["-O3", "-g0", "-fno-wrapv", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+CUDA_FAMILIES = ("norm", "rotary")
+CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 # GCC 12 warns of its own AVX-512 headers, and of torch's.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
 
@@ -81,11 +84,45 @@ def sanitizer_flags():
     return [f"-fsanitize={names}", "-fno-omit-frame-pointer", "-g1"] if names else []
 
 
+def cuda_targets():
+    """The CUDA_TARGETS that nvcc knows; none, and why on stderr, where the CUDA kernels cannot be built."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return []
+    nvcc = CUDA_HOME and pathlib.Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc or not nvcc.exists():
+        print("nearpeak: no nvcc found: installing without the cuda backend", file=sys.stderr)
+        return []
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    if f"release {torch.version.cuda.split('.')[0]}." not in release:
+        print(f"nearpeak: nvcc is not of torch's CUDA {torch.version.cuda}: installing without the cuda backend",
+              file=sys.stderr)  # fmt: skip
+        return []
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [target for target in CUDA_TARGETS if f"sm_{target}" in known]
+
+
+def cuda_sources():
+    files = [
+        ROOT / "csrc" / family / "cuda" / name for family in CUDA_FAMILIES for name in ("kernels.cu", "operator.cpp")
+    ]
+    return [ROOT / "csrc" / "cuda" / "version.cpp", *files]
+
+
+def nvcc_flags(targets):
+    """Machine code for every target, and for later GPUs the newest one's code in PTX, which their driver compiles."""
+    code = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    return [*NVCC_FLAGS, *code, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+
+
 def extension_and_builder():
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     isas = instruction_sets()
+    targets = cuda_targets()
     flags = [*OPTIMISATION, *WARNINGS, "-std=c++17", "-fvisibility=hidden", TORCH_TARGET, *sanitizer_flags()]
     kernels = [str(ROOT / "csrc" / family / "cpu" / "kernels.cpp") for family in FAMILIES]
 
@@ -112,10 +149,15 @@ def extension_and_builder():
 
     sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     sources += [ROOT / "csrc" / family / "cpu" / "operator.cpp" for family in FAMILIES]
-    extension = CppExtension(
+    arguments = {"cxx": [*flags, isa_list(isas)]}
+    if targets:
+        sources += cuda_sources()
+        # USE_CUDA shows the CUDA part of PyTorch's stable ABI.
+        arguments = {"cxx": [*arguments["cxx"], "-DUSE_CUDA"], "nvcc": nvcc_flags(targets)}
+    extension = (CUDAExtension if targets else CppExtension)(
         "nearpeak._native",
         [os.path.relpath(source, ROOT) for source in sources],
-        extra_compile_args={"cxx": [*flags, isa_list(isas)]},
+        extra_compile_args=arguments,
         extra_link_args=sanitizer_flags(),
         py_limited_api=True,
     )
@@ -134,4 +176,5 @@ def build_arguments():
     }
 
 
-setup(**build_arguments())
+if __name__ == "__main__":
+    setup(**build_arguments())

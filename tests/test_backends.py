@@ -10,7 +10,7 @@ import nearpeak
 import pytest
 import torch
 from inputs import randn
-from nearpeak import backends
+from nearpeak import backends, operators
 
 X = randn(3, 64)
 PACKAGE = pathlib.Path(nearpeak.__file__).parent
@@ -50,7 +50,10 @@ def test_use_backend_restores_after_an_exception():
 def test_unknown_backends_are_refused(name):
     if name is None:
         pytest.skip("None is how a backend is released")
-    with pytest.raises(ValueError, match="backend must be one of cpu, triton, reference"), nearpeak.use_backend(name):
+    with (
+        pytest.raises(ValueError, match="backend must be one of cpu, triton, cuda, reference"),
+        nearpeak.use_backend(name),
+    ):
         pass
     assert backends._forced is None
 
@@ -75,6 +78,76 @@ def test_cpu_serves_by_default_and_when_forced():
     assert "C++" in served_by()
     with nearpeak.use_backend("cpu"):
         assert "C++" in served_by()
+
+
+@pytest.fixture
+def both_gpu_backends(monkeypatch):
+    """As on a machine with a GPU, Triton and a CUDA build: for calls on fake tensors, which run no kernel."""
+    monkeypatch.setattr(backends, "missing", lambda name: None)
+    with torch.library._scoped_library("nearpeak", "IMPL") as library:
+        for name in ("rms_norm_inference", "apply_rotary_inference", "attention_inference"):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"nearpeak::{name}", "CUDA"):
+                library.impl(name, lambda *arguments: pytest.fail("a kernel ran"), "CUDA")
+        yield
+
+
+def on_gpu(function):
+    """A call of `function` on tensors (of a size) that it makes on the GPU."""
+    return nearpeak.explain(lambda: function(lambda *size: torch.empty(*size, device="cuda")))
+
+
+def norm(empty):
+    return nearpeak.rms_norm(empty(3, 16))
+
+
+def rotary(empty):
+    return nearpeak.apply_rotary(*[empty(1, 2, 5, 16)] * 2, *[empty(5, 8)] * 2)
+
+
+def attention(empty):
+    return nearpeak.attention(*[empty(1, 2, 5, 16)] * 3)
+
+
+@pytest.mark.parametrize("call", [norm, rotary])
+def test_triton_serves_gpus_until_cuda_is_forced(both_gpu_backends, call):
+    assert "on cuda:0, float32: Triton kernel" in on_gpu(call)
+    with nearpeak.use_backend("cuda"):
+        assert "on cuda:0, float32: CUDA C++ kernel" in on_gpu(call)
+    with nearpeak.use_backend("triton"):
+        assert "on cuda:0, float32: Triton kernel" in on_gpu(call)
+
+
+def test_cuda_refuses_what_it_has_no_kernel_for(both_gpu_backends):
+    assert "Triton kernel" in on_gpu(attention)
+    with nearpeak.use_backend("cuda"):
+        with pytest.raises(RuntimeError, match="backend 'cuda' has no kernel for this operation, only cpu, triton"):
+            on_gpu(attention)
+        with pytest.raises(RuntimeError, match="backend 'cuda' does not serve tensors on cpu"):
+            nearpeak.rms_norm(X)
+
+
+def test_cuda_serves_gpus_where_triton_is_missing(both_gpu_backends, monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda name: "not installed" if name == "triton" else None)
+    assert "CUDA C++ kernel" in on_gpu(norm)
+    assert "plain PyTorch reference" in on_gpu(attention)
+
+
+def test_a_gpu_operator_runs_the_kernel_that_is_chosen_when_it_is_called(monkeypatch):
+    monkeypatch.setattr(backends, "missing", lambda name: None)
+    kernel = operators._gpu_kernel("for_tests(Tensor x) -> Tensor", triton=lambda x: x + 1, cuda=True)
+    with torch.library._scoped_library("nearpeak_cuda", "IMPL") as library:
+        library.impl("for_tests", lambda x: x + 2, "CPU")
+        assert torch.equal(kernel(X), X + 1)
+        with nearpeak.use_backend("cuda"):
+            assert torch.equal(kernel(X), X + 2)
+        assert torch.equal(kernel(X), X + 1)
+
+
+def test_an_extension_without_cuda_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(backends.native, "missing", None)
+    monkeypatch.setattr(backends.native, "built_for_cuda", lambda: False)
+    with pytest.raises(RuntimeError, match=r"built without CUDA: install a CUDA build of torch .*\(nvcc\)"):
+        backends.force("cuda")
 
 
 def test_float64_goes_to_the_reference():
@@ -170,7 +243,7 @@ def test_environment_with_a_wrong_instruction_set_is_an_error():
 
 USE_ALL = """
 import torch, nearpeak
-from nearpeak import backends
+from nearpeak import backends, operators
 x = torch.randn(1, 2, 3, 8)
 nearpeak.rms_norm(x), nearpeak.attention(x, x, x), nearpeak.apply_rotary(x, x, x[0, 0, :, :4], x[0, 0, :, :4])
 print("missing:", backends.missing("cpu"))

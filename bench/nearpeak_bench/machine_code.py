@@ -125,7 +125,7 @@ def compile_case(case: Case, target: Target) -> list[Code]:
     ]
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """Path of one of the NVIDIA programs that Triton's wheel carries."""
     return str(pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
@@ -138,22 +138,27 @@ def _read_nvidia(kernel, target) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-        code = _run(_tool("nvdisasm"), "-c", "-novliw", file.name)
+        usage = _run(tool("cuobjdump"), "--dump-resource-usage", file.name)
+        code = _run(tool("nvdisasm"), "-c", "-novliw", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    instructions = re.findall(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+).*;", code, re.MULTILINE)
+    instructions = nvidia_instructions(code)
     return {
         "registers": numbers["REG"],
         "spilled": numbers["STACK"] + numbers["LOCAL"],
         "shared": kernel.metadata.shared,
         "instructions": len(instructions),
         "matrix": sum(bool(re.match(target.matrix, name)) for name in instructions),
-        "load": max(map(_nvidia_bytes, filter(re.compile(r"LDG\b|LDGSTS|UTMALDG").match, instructions)), default=0),
-        "store": max(map(_nvidia_bytes, filter(re.compile(r"STG").match, instructions)), default=0),
+        "load": max(map(nvidia_bytes, filter(re.compile(r"LDG\b|LDGSTS|UTMALDG").match, instructions)), default=0),
+        "store": max(map(nvidia_bytes, filter(re.compile(r"STG").match, instructions)), default=0),
     }
 
 
-def _nvidia_bytes(instruction: str) -> int:
+def nvidia_instructions(code: str) -> list[str]:
+    """The names of the instructions in what nvdisasm prints."""
+    return re.findall(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]+).*;", code, re.MULTILINE)
+
+
+def nvidia_bytes(instruction: str) -> int:
     """LDG.E.128 and STG.E.U16 name their bits; without any they move 32."""
     bits = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction)
     return int(bits.group(1)) // 8 if bits else 4

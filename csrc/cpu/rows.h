@@ -10,7 +10,10 @@ namespace nearpeak {
 struct Rows {
     int64_t inner, outer_stride, inner_stride;
 
-    int64_t operator()(int64_t row) const { return row / inner * outer_stride + row % inner * inner_stride; }
+    // Also for device code; the branch spares contiguous tensors two 64-bit divisions a row.
+    constexpr int64_t operator()(int64_t row) const {
+        return row < inner ? row * inner_stride : row / inner * outer_stride + row % inner * inner_stride;
+    }
 };
 
 }  // namespace nearpeak

@@ -32,23 +32,36 @@ void ask_for_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int dims, int32_t dtype) {
+struct Device {
+    int32_t type, index;
+};
+
+Device device_of(const Tensor& tensor) {
+    Device device;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+    return device;
+}
+
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int dims, int32_t dtype, Device device) {
     AtenTensorHandle handle;
     STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
     Tensor tensor(handle);
-    ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+    if (device.type == aoti_torch_device_type_cpu()) {
+        ask_for_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+    }
     return tensor;
 }
 
-Tensor empty_contiguous(std::initializer_list<int64_t> sizes, int32_t dtype) {
+Tensor empty_contiguous(std::initializer_list<int64_t> sizes, int32_t dtype, Device device) {
     const int dims = static_cast<int>(sizes.size());
     int64_t strides[kMaxDims], stride = 1;
     for (int dim = dims - 1; dim >= 0; --dim) {
         strides[dim] = stride;
         stride *= std::max<int64_t>(1, sizes.begin()[dim]);
     }
-    return empty_strided(sizes.begin(), strides, dims, dtype);
+    return empty_strided(sizes.begin(), strides, dims, dtype, device);
 }
 
 // The rows of `tensor` with its outer dimensions taken in `order`; nothing where they need more than two strides.
@@ -84,7 +97,7 @@ Dtype dtype_of(const Tensor& tensor) {
         case ScalarType::Half:
             return Dtype::float16;
         default:
-            STD_TORCH_CHECK(false, "nearpeak's CPU kernels serve float32, bfloat16 and float16 only");
+            STD_TORCH_CHECK(false, "nearpeak's kernels serve float32, bfloat16 and float16 only");
     }
 }
 
@@ -117,17 +130,17 @@ Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes) {
     }
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    return empty_strided(sizes, strides, dims, dtype);
+    return empty_strided(sizes, strides, dims, dtype, device_of(like));
 }
 
 Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes) {
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    return empty_contiguous(sizes, dtype);
+    return empty_contiguous(sizes, dtype, device_of(like));
 }
 
 Tensor empty_floats(std::initializer_list<int64_t> sizes) {
-    return empty_contiguous(sizes, aoti_torch_dtype_float32());
+    return empty_contiguous(sizes, aoti_torch_dtype_float32(), {aoti_torch_device_type_cpu(), 0});
 }
 
 Tensor made_contiguous(const Tensor& tensor) {

@@ -32,12 +32,13 @@ bool same_shape(const Tensor& a, const Tensor& b);
 bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32 = false);
 bool dense_last(const Tensor& tensor);
 
-// A new CPU tensor of `sizes`, dense, the outer dimensions in the order of like's strides (largest outermost, equal
-// ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same rule.
+// A new tensor of `sizes` on like's device, dense, the outer dimensions in the order of like's strides (largest
+// outermost, equal ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same
+// rule.
 Tensor empty_laid_out_like(const Tensor& like);
 Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes);
 
-// New contiguous CPU tensors: of like's dtype, and of float32.
+// New contiguous tensors: of like's dtype on its device, and of float32 on the CPU.
 Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes);
 Tensor empty_floats(std::initializer_list<int64_t> sizes);
 

@@ -3,7 +3,8 @@
 PyTorch's dispatcher does the choosing: every nearpeak operator has one kernel per dispatch key.
 
     key CPU                         the C++ kernels (backend `cpu`), or Triton's where its interpreter is on
-    key CUDA                        the Triton kernels (backend `triton`)
+    key CUDA                        the Triton kernels (backend `triton`), or the C++ ones (backend `cuda`) where the
+                                    user forces them or Triton is missing; see operators.py
     key CompositeExplicitAutograd   the definition in plain PyTorch (backend `reference`): every other device
 
 This module loads what the machine has, and holds the one override that a user may set.
@@ -18,12 +19,14 @@ from collections.abc import Iterator
 
 import torch
 
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "triton", "cuda", "reference")
 
 # Kernels accumulate in float32, so float64 is served by the reference, which keeps it.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_NO_GPU = "no GPU that torch can use"
 
 _forced: str | None = None
 _reasons: list[str] | None = None
@@ -54,6 +57,9 @@ class _NativeLibrary:
         if requested:
             self.select_isa(requested)
         return None
+
+    def built_for_cuda(self) -> bool:
+        return hasattr(self.handle, "nearpeak_cuda_version")
 
     def names(self, function: str) -> list[str]:
         return getattr(self.handle, function)().decode().split() if self.handle else []
@@ -110,8 +116,17 @@ def missing(name: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed: pip install triton"
         if not TRITON_INTERPRETED and not torch.cuda.is_available():
-            return "no GPU that torch can use (TRITON_INTERPRET=1, set before import, runs it slowly on the CPU)"
+            return f"{_NO_GPU} (TRITON_INTERPRET=1, set before import, runs it slowly on the CPU)"
         return None
+    if name == "cuda":
+        if native.missing:
+            return native.missing
+        if not native.built_for_cuda():
+            return (
+                "the C++ extension was built without CUDA: install a CUDA build of torch and the CUDA toolkit of the "
+                "same major version (nvcc), and reinstall nearpeak"
+            )
+        return None if torch.cuda.is_available() else _NO_GPU
     if name == "reference":
         return None
     raise ValueError(f"backend must be one of {', '.join(NAMES)}, not {name!r}")
@@ -125,9 +140,14 @@ def force(name: str | None) -> None:
     _forced = name
 
 
+def forced(name: str) -> bool:
+    """Whether the user forced the backend `name`."""
+    return _forced == name
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every nearpeak call inside the `with` block by one backend: "cpu", "triton" or "reference".
+    """Serve every nearpeak call inside the `with` block by one backend: "cpu", "triton", "cuda" or "reference".
 
     The override is process-wide. The environment variable NEARPEAK_BACKEND does the same for a whole process.
     Raises ValueError for an unknown name, RuntimeError (with the remedy) where the backend is missing here.
@@ -143,19 +163,21 @@ def use_backend(name: str) -> Iterator[None]:
         force(before)
 
 
-def _serving(device: torch.device) -> str:
-    if device.type == "cuda" and missing("triton") is None:
-        return "triton"
+def _serving(device: torch.device, kernels: tuple[str, ...]) -> str:
+    """The backend that serves an operation on `device`. kernels: the backends that have kernels for it."""
     if device.type == "cpu":
         return "triton" if TRITON_INTERPRETED else "cpu"
+    if device.type == "cuda":
+        preferred = ("cuda", "triton") if forced("cuda") else ("triton", "cuda")
+        return next((name for name in preferred if name in kernels and missing(name) is None), "reference")
     return "reference"
 
 
-def reference_serves(tensor: torch.Tensor) -> bool:
+def reference_serves(tensor: torch.Tensor, kernels: tuple[str, ...] = NAMES) -> bool:
     """Whether the plain PyTorch definition serves a call on this tensor.
 
-    Raises RuntimeError where the user forced a backend that does not serve the tensor's device, and TypeError
-    where that backend has no kernel for its dtype.
+    kernels: the backends that have kernels for the operation. Raises RuntimeError where the user forced a backend that
+    has none or does not serve the tensor's device, and TypeError where it has no kernel for the tensor's dtype.
     """
     if _forced is None:
         if tensor.dtype in KERNEL_DTYPES:
@@ -165,9 +187,11 @@ def reference_serves(tensor: torch.Tensor) -> bool:
     if _forced == "reference":
         because("the user forced the backend 'reference'")
         return True
+    if _forced not in kernels:
+        raise RuntimeError(f"backend {_forced!r} has no kernel for this operation, only {', '.join(kernels)}")
     if tensor.dtype not in KERNEL_DTYPES:
         raise TypeError(f"backend {_forced!r} serves float32, bfloat16 and float16, not {tensor.dtype}")
-    if _serving(tensor.device) != _forced:
+    if _serving(tensor.device, kernels) != _forced:
         raise RuntimeError(f"backend {_forced!r} does not serve tensors on {tensor.device}")
     return False
 
@@ -194,7 +218,8 @@ def kernel_name(operator: torch._ops.OpOverload, device: torch.device) -> str:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key):
         return "reference"
-    return _serving(device)
+    name = operator.name().split("::")[1].removesuffix("_inference")
+    return _serving(device, ("cpu", "triton", "cuda") if hasattr(torch.ops.nearpeak_cuda, name) else ("cpu", "triton"))
 
 
 # Set but empty means not set, as for NEARPEAK_ISA.

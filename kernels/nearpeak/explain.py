@@ -121,7 +121,7 @@ def _kernel(operator, device) -> str:
         return f"C++ kernel, instruction set {backends.isa()}"
     if kernel == "triton":
         return "Triton kernel" + (" in Triton's interpreter" if backends.TRITON_INTERPRETED else "")
-    return "plain PyTorch reference"
+    return "CUDA C++ kernel" if kernel == "cuda" else "plain PyTorch reference"
 
 
 def _missing(operator, tensor) -> str | None:

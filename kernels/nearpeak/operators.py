@@ -9,8 +9,11 @@ An operator that computes a gradient formula exists twice under one definition:
 Both run the same kernels. The C++ extension registers its kernels for the key CPU by itself as it loads.
 
 Every kernel checks its arguments before it runs: those in Python by the family's `check`, which names what is wrong;
-the C++ ones by themselves, in a tenth of the time. Only where a C++ kernel refuses does the public function run
-`check`, for its words.
+the C++ ones by themselves, in a tenth of the time. Only where a `check`, for its words.
+
+A key of the dispatcher holds one kernel, and two backends serve CUDA devices. So the CUDA C++ kernels are operators of
+their own, nearpeak_cuda::name, which the extension registers as it loads; what the key CUDA holds calls them or
+Triton's launcher. The choice is made when a call runs: a backend forced later holds for compiled graphs too.
 """
 
 import functools
@@ -21,6 +24,7 @@ import torch
 from . import backends
 
 library = torch.library.Library("nearpeak", "DEF")
+cuda_library = torch.library.Library("nearpeak_cuda", "DEF")
 
 
 def define(
@@ -30,6 +34,7 @@ def define(
     reference: Callable,
     shapes: Callable,
     triton: Callable | None = None,
+    cuda: bool = False,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> None:
@@ -40,6 +45,7 @@ def define(
     reference: the definition in plain PyTorch, which serves every device that has no kernel
     shapes: makes empty outputs of the right shape, for torch.compile and torch.export
     triton: launcher of the Triton kernel
+    cuda: whether there is a CUDA C++ kernel
     backward, setup_context: the gradient formula, as torch.library.register_autograd takes them
     """
     name, signature = schema.split("(", 1)
@@ -53,17 +59,33 @@ def define(
 
         return run
 
+    gpu_kernel = _gpu_kernel(schema, triton, cuda)
     for each in names:
         library.define(f"{each}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(each, checked(reference), "CompositeExplicitAutograd")
-        if triton is not None and backends.missing("triton") is None:
-            library.impl(each, checked(triton), "CPU" if backends.TRITON_INTERPRETED else "CUDA")
+        if gpu_kernel is not None:
+            library.impl(each, checked(gpu_kernel), "CPU" if backends.TRITON_INTERPRETED else "CUDA")
         torch.library.register_fake(f"nearpeak::{each}", checked(shapes), lib=library)
     if backward is None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         return
     library.impl(f"{name}_inference", torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_autograd(f"nearpeak::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def _gpu_kernel(schema: str, triton: Callable | None, cuda: bool) -> Callable | None:
+    """What serves an operator on CUDA devices: Triton's kernel, or the C++ one where that is forced or alone."""
+    cuda_kernel = None
+    if cuda:
+        name = cuda_library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        cuda_library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        if backends.missing("cuda") is None:
+            cuda_kernel = getattr(torch.ops.nearpeak_cuda, name).default
+    if triton is None or backends.missing("triton") is not None:
+        return cuda_kernel
+    if cuda_kernel is None:
+        return triton
+    return lambda *arguments: (cuda_kernel if backends.forced("cuda") else triton)(*arguments)
 
 
 def empty_laid_out_like(like: torch.Tensor, width: int | None = None) -> torch.Tensor:

@@ -39,7 +39,9 @@ bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const std
            (!softcap || (*softcap > 0 && std::isfinite(*softcap)));
 }
 
-bool is_like(const Tensor& tensor, const Tensor& query) { return same_shape(tensor, query) && same_kind(tensor, query); }
+bool is_like(const Tensor& tensor, const Tensor& query) {
+    return same_shape(tensor, query) && same_kind(tensor, query);
+}
 
 bool is_lse_of(const Tensor& lse, const Tensor& query) {
     const auto sizes = lse.sizes(), of = query.sizes();

@@ -122,6 +122,9 @@ operators.define(
     triton=triton_kernels and triton_kernels.packed_gated_activation_backward,
 )
 
+# Backends that have kernels for these operators.
+KERNELS = ("cpu", "triton")
+
 KINDS = {name: number for number, name in enumerate(reference.NAMES)}
 GELUS = {"none": KINDS["gelu"], "tanh": KINDS["gelu_tanh"], "sigmoid": KINDS["quick_gelu"]}
 
@@ -154,7 +157,7 @@ def activation(x, name):
         raise ValueError(f"name must be one of {', '.join(KINDS)}, not {name!r}")
     kind = KINDS[name]
     try:
-        if backends.reference_serves(x):
+        if backends.reference_serves(x, kernels=KERNELS):
             _check(x, kind)
             return reference.activation(x, kind)
         return (_activation if operators.wants_gradient(x) else _activation_inference)(x, kind)
@@ -171,7 +174,7 @@ def _gate(gate, up, kind, up_first):
         if up_first:
             raise ValueError("up_first tells how gate and up are packed: leave it out where up is given")
     try:
-        if backends.reference_serves(gate):
+        if backends.reference_serves(gate, kernels=KERNELS):
             check(*arguments)
             return plain(*arguments)
         recorded = operators.wants_gradient(gate, up)

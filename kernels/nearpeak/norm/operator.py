@@ -86,6 +86,7 @@ operators.define(
     reference=reference.rms_norm,
     shapes=lambda x, weight, eps, offset: operators.empty_laid_out_like(x),
     triton=triton_kernels and triton_kernels.rms_norm,
+    cuda=True,
     backward=_rms_norm_gradient,
     setup_context=_save_for_rms_norm,
 )
@@ -98,6 +99,7 @@ operators.define(
         operators.empty_laid_out_like(x),
     ),
     triton=triton_kernels and triton_kernels.add_rms_norm,
+    cuda=True,
     backward=_add_rms_norm_gradient,
     setup_context=_save_for_add_rms_norm,
 )
@@ -108,6 +110,7 @@ operators.define(
     reference=reference.rms_norm_out,
     shapes=lambda x, weight, residual, eps, offset, out, residual_out: None,
     triton=triton_kernels and triton_kernels.rms_norm_out,
+    cuda=True,
 )
 operators.define(
     "rms_norm_backward(Tensor grad, Tensor hidden, Tensor? weight, Tensor? grad_hidden, float eps, float offset) "
@@ -119,6 +122,7 @@ operators.define(
         hidden.new_empty(0) if weight is None else torch.empty_like(weight),
     ),
     triton=triton_kernels and triton_kernels.rms_norm_backward,
+    cuda=True,
 )
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.

@@ -96,6 +96,7 @@ operators.define(
         operators.empty_laid_out_like(key),
     ),
     triton=triton_kernels and triton_kernels.apply_rotary,
+    cuda=True,
     backward=_rotary_gradient,
     setup_context=_save_for_rotary,
 )
@@ -105,6 +106,7 @@ operators.define(
     reference=reference.apply_rotary_,
     shapes=lambda query, key, cos, sin, interleaved, inverse: None,
     triton=triton_kernels and triton_kernels.apply_rotary_,
+    cuda=True,
 )
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.
