@@ -24,7 +24,7 @@ FROM_SHARED_MEMORY = {
     4: {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 THROUGH_REGISTERS = {
-    2: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    2: {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     4: {64: Tile(64, 16, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
 }
 AMD = {
@@ -32,7 +32,7 @@ AMD = {
     4: {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 # A left window adds a third loop, and its registers: these rows of THROUGH_REGISTERS would spill.
-THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}, 4: {64: Tile(64, 32, 8, 2), 256: Tile(16, 16, 4, 2)}}
+THROUGH_REGISTERS_WINDOWED = {2: {128: Tile(128, 32, 8, 3)}, 4: {64: Tile(64, 32, 8, 2), 256: Tile(16, 16, 8, 2)}}
 
 # Few rows, as in decoding, whatever the GPU: the smallest tile that matrix instructions take.
 FEW_ROWS = 16
