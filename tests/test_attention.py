@@ -162,7 +162,14 @@ def standards_of(case, draws):
     return standards([values(layer, draws) for layer in plain_layers(case)], values(exact_layer(case), doubled(draws)))
 
 
+# Rows, and draws, that it takes to tell errors of 1.1 times from chance: a row's errors are one error of its sum.
+ENOUGH_ROWS, MOST_DRAWS = 512, 64
+
+
 def draws_of(case, dtype, with_gradients=True, count=DRAWS):
+    """`count` draws, or more of a case of few rows."""
+    rows = max(1, case.batch * case.heads * case.query_length)
+    count = max(count, min(MOST_DRAWS, ENOUGH_ROWS // rows))
     draws = (inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(count))
     return [(inputs, grads if with_gradients else None) for inputs, grads in draws]
 
