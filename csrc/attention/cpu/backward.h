@@ -66,6 +66,7 @@ class BackwardBlock {
 
   private:
     static constexpr int64_t kLine = 16;  // floats of a cache line
+    static constexpr int64_t kShortChain = 16;
     static constexpr int64_t kScoreStride = kBlockKeys + kLine;
 
     const Backward& p;
@@ -151,7 +152,9 @@ class BackwardBlock {
             float* const gradients = d_scores + row * kScoreStride;
             RowStatistics of_row = statistics[row];
             const KeyRange seen = keys_seen_by(row, row + 1);
-            if (p.key_length <= kBlockKeys) of_row.delta = delta_of(weights, gradients, of_row, seen);
+            if (std::is_same_v<T, float> && p.key_length <= kFewKeys) {
+                of_row.delta = delta_of(weights, gradients, of_row, seen);
+            }
             if (p.softcap > 0) {
                 cap(weights, gradients, of_row);
                 of_row.delta = of_row.grad_lse = 0.0f;
@@ -167,8 +170,8 @@ class BackwardBlock {
         std::fill(d_scores + rows * kScoreStride, d_scores + end * kScoreStride, 0.0f);
     }
 
-    // rowsum(P dP) as it is defined, where a block holds all keys. With few of them, gradients show how far rowsum(dOut
-    // out) is from it, whose `out` was rounded: of 2 or 3 keys they erred 1.6 times as much as plain softmax's.
+    // rowsum(P dP) as it is defined. With few keys, float32 gradients show how far rowsum(dOut out) is from it, whose
+    // `out` was rounded: of 2 or 3 keys they erred 1.6 times as much as plain softmax's.
     float delta_of(const float* products, const float* gradients, const RowStatistics& of_row, KeyRange seen) const {
         float logits[kBlockKeys];
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
@@ -222,12 +225,16 @@ class BackwardBlock {
     void add_to_keys(const float* left, const float* right, float* sums) {
         RowRange seen[kBlockKeys / kTile];
         for (int64_t k = 0; k < keys; k += kTile) seen[k / kTile] = rows_that_see(k, k + kTile);
+        // Few rows are not summed in one chain: the plain layer sums each head alone, and rounds less.
+        const int64_t chain = p.rows() <= kBlockRows ? kShortChain : kBlockRows;
         for (int64_t d = 0; d < width; d += kPanel) {
             for (int64_t k = 0; k < keys; k += kTile) {
-                const auto [begin, end] = seen[k / kTile];
-                multiply_tile<kTile>(ColumnWise{left + begin * kScoreStride + k, kScoreStride},
-                                     right + begin * row_stride + d, row_stride, end - begin, sums + k * width + d,
-                                     width, kAdd);
+                const auto [first, last] = seen[k / kTile];
+                for (int64_t begin = first; begin < last; begin += chain) {
+                    multiply_tile<kTile>(ColumnWise{left + begin * kScoreStride + k, kScoreStride},
+                                         right + begin * row_stride + d, row_stride, std::min(chain, last - begin),
+                                         sums + k * width + d, width, kAdd);
+                }
             }
         }
     }

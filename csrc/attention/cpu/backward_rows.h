@@ -20,7 +20,6 @@ namespace nearpeak::attention::NEARPEAK_ISA {
 // where so few keys are seen that exact softmax makes hardly any. Below, the error is that of PyTorch's fused backward,
 // which knows no softcap: with one, gradients are held against exact softmax alone, and always get the exact lse.
 constexpr float kLargestRoundedLse = 16.0f;
-constexpr int64_t kFewKeys = 64;
 
 template <class T>
 class BackwardRows {

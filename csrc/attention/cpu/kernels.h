@@ -71,6 +71,9 @@ struct Backward : Call {
     int64_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
 };
 
+// So few keys that exact softmax makes hardly any error: in float32, backward then takes no shortcut that shows.
+constexpr int64_t kFewKeys = 64;
+
 // Rows of a decode task at most.
 constexpr int64_t kDecodeRows = 8;
 
