@@ -112,6 +112,8 @@ bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32) {
     return fits && tensor.is_cpu();
 }
 
+bool is_like(const Tensor& tensor, const Tensor& like) { return same_shape(tensor, like) && same_kind(tensor, like); }
+
 bool dense_last(const Tensor& tensor) {
     const auto sizes = tensor.sizes();
     return sizes.empty() || sizes.back() <= 1 || tensor.strides().back() == 1 || tensor.numel() == 0;

@@ -30,6 +30,7 @@ inline void require(bool fits, const char* operator_name) {
 bool same_shape(const Tensor& a, const Tensor& b);
 // On the CPU and of the dtype of `like`, or else of float32 where `or_float32`.
 bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32 = false);
+bool is_like(const Tensor& tensor, const Tensor& like);  // in shape and kind
 bool dense_last(const Tensor& tensor);
 
 // A new tensor of `sizes` on like's device, dense, the outer dimensions in the order of like's strides (largest

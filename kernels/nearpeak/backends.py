@@ -19,7 +19,9 @@ from collections.abc import Iterator
 
 import torch
 
-NAMES = ("cpu", "triton", "cuda", "reference")
+# Backends of the operations that have no CUDA C++ kernel, and of all.
+WITHOUT_CUDA = ("cpu", "triton")
+NAMES = (*WITHOUT_CUDA, "cuda", "reference")
 
 # Kernels accumulate in float32, so float64 is served by the reference, which keeps it.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,7 +221,7 @@ def kernel_name(operator: torch._ops.OpOverload, device: torch.device) -> str:
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key):
         return "reference"
     name = operator.name().split("::")[1].removesuffix("_inference")
-    return _serving(device, ("cpu", "triton", "cuda") if hasattr(torch.ops.nearpeak_cuda, name) else ("cpu", "triton"))
+    return _serving(device, NAMES if hasattr(torch.ops.nearpeak_cuda, name) else WITHOUT_CUDA)
 
 
 # Set but empty means not set, as for NEARPEAK_ISA.

@@ -88,6 +88,16 @@ def _gpu_kernel(schema: str, triton: Callable | None, cuda: bool) -> Callable | 
     return lambda *arguments: (cuda_kernel if backends.forced("cuda") else triton)(*arguments)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of `dtype`: float64 keeps its own, all others take float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in the dtype of the arithmetic."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def empty_laid_out_like(like: torch.Tensor, width: int | None = None) -> torch.Tensor:
     """An empty dense tensor of like's shape (the last dimension `width`, if given) and dtype.
 

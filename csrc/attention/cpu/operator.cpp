@@ -39,10 +39,6 @@ bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const std
            (!softcap || (*softcap > 0 && std::isfinite(*softcap)));
 }
 
-bool is_like(const Tensor& tensor, const Tensor& query) {
-    return same_shape(tensor, query) && same_kind(tensor, query);
-}
-
 bool is_lse_of(const Tensor& lse, const Tensor& query) {
     const auto sizes = lse.sizes(), of = query.sizes();
     return sizes.size() == 3 && std::equal(sizes.begin(), sizes.end(), of.begin()) && lse.is_cpu() &&

@@ -17,8 +17,6 @@ bool is_activation(int64_t number) { return number >= 0 && number <= static_cast
 
 bool is_input(const Tensor& x, int64_t activation) { return is_activation(activation) && x.dim() > 0 && x.is_cpu(); }
 
-bool is_like(const Tensor& tensor, const Tensor& x) { return same_shape(tensor, x) && same_kind(tensor, x); }
-
 // One row where all tensors are contiguous: then a step takes as many columns as it likes.
 struct Shape {
     int64_t rows, width;

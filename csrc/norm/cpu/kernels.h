@@ -3,37 +3,16 @@
 
 #include <cstdint>
 
-#include "../../cpu/dtype.h"
 #include "../../cpu/isa.h"
-#include "../../cpu/rows.h"
+#include "../call.h"
 
 namespace nearpeak::norm {
 
-// Rows lie anywhere in the inputs (see Rows) and one after another in the outputs.
-struct Forward {
-    const void* x;
-    const void* residual;  // or null
-    const void* weight;    // (width,), or null
-    void* y;
-    void* hidden;  // x + residual; null without a residual
-    Rows x_rows, residual_rows;
-    int64_t width;
-    float eps, offset;
-    Dtype dtype, weight_dtype;
+struct Forward : ForwardCall {
     bool past_cache;  // write outputs past the caches; they are aligned for it
 };
 
-struct Backward {
-    const void* grad;
-    const void* hidden;
-    const void* weight;       // (width,), or null
-    const void* grad_hidden;  // or null
-    void* d_hidden;
-    Rows grad_rows, hidden_rows, grad_hidden_rows;
-    int64_t width;
-    float eps, offset;
-    Dtype dtype, weight_dtype;
-};
+using Backward = BackwardCall;
 
 struct Kernels {
     // Rows [begin, end). `scratch` holds a row of x's type where outputs are written past the caches.

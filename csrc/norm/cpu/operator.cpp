@@ -5,6 +5,7 @@
 
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
+#include "../describe.h"
 #include "kernels.h"
 
 namespace nearpeak::norm {
@@ -26,42 +27,21 @@ bool is_weight_of(const std::optional<Tensor>& weight, const Tensor& x) {
     return !weight || (weight->dim() == 1 && weight->size(0) == x.sizes().back() && same_kind(*weight, x, true));
 }
 
-bool is_like(const std::optional<Tensor>& tensor, const Tensor& x) {
-    return !tensor || (same_shape(*tensor, x) && same_kind(*tensor, x));
-}
+bool is_like(const std::optional<Tensor>& tensor, const Tensor& x) { return !tensor || nearpeak::is_like(*tensor, x); }
 
 bool has_width(const Tensor& x) { return x.dim() > 0 && x.sizes().back() > 0 && x.is_cpu(); }
 
-void run_forward(const Tensor& x_any, const std::optional<Tensor>& weight_any,
-                 const std::optional<Tensor>& residual_any, double eps, double offset, const Tensor& y,
-                 const Tensor* hidden, bool reused) {
-    const int64_t elements = x_any.numel();
+void run_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
+                 double eps, double offset, const Tensor& y, const Tensor* hidden, bool reused) {
+    const int64_t elements = x.numel();
     if (elements == 0) return;
-    const RowsOf x(x_any, y);
-    std::optional<RowsOf> residual;
-    std::optional<Tensor> weight;
-    if (residual_any) residual.emplace(*residual_any, y);
-    if (weight_any) weight = made_contiguous(*weight_any);
-    Forward p{};
-    p.width = x.tensor.size(x.tensor.dim() - 1);
-    p.x = x.data();
-    p.x_rows = x.rows;
-    if (residual) {
-        p.residual = residual->data();
-        p.residual_rows = residual->rows;
-        p.hidden = hidden->mutable_data_ptr();
-    }
-    p.weight = weight ? weight->const_data_ptr() : nullptr;
-    p.y = y.mutable_data_ptr();
-    p.eps = static_cast<float>(eps);
-    p.offset = static_cast<float>(offset);
-    p.dtype = dtype_of(x.tensor);
-    p.weight_dtype = weight ? dtype_of(*weight) : p.dtype;
-    const int64_t element_size = static_cast<int64_t>(x.tensor.element_size());
+    const DescribedForward described(x, weight, residual, eps, offset, y, hidden);
+    Forward p{described.call, false};
+    const int64_t element_size = static_cast<int64_t>(x.element_size());
     p.past_cache = reused && elements * element_size >= past_cache_bytes() && aligned(p.y, p.width * element_size) &&
                    aligned(p.hidden, p.width * element_size);
     const Kernels* kernels = kKernels[selected_isa()];
-    torch::stable::parallel_for(0, elements / p.width, grain(p.width), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
         kernels->forward(p, begin, end, thread_scratch(p.past_cache ? p.width : 0));
     });
 }
@@ -94,36 +74,16 @@ void rms_norm_out(const Tensor& x, const std::optional<Tensor>& weight, const st
 // number of threads.
 constexpr int64_t kParts = 32, kRowsPerPart = 16;
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_any, const Tensor& hidden_any,
-                                             const std::optional<Tensor>& weight_any,
-                                             const std::optional<Tensor>& grad_hidden_any, double eps, double offset) {
-    require(has_width(hidden_any) && is_like(grad_any, hidden_any) && is_weight_of(weight_any, hidden_any) &&
-                is_like(grad_hidden_any, hidden_any),
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden,
+                                             const std::optional<Tensor>& weight,
+                                             const std::optional<Tensor>& grad_hidden, double eps, double offset) {
+    require(has_width(hidden) && is_like(grad, hidden) && is_weight_of(weight, hidden) && is_like(grad_hidden, hidden),
             "rms_norm_backward");
-    Tensor d_hidden = empty_laid_out_like(hidden_any);
-    const RowsOf grad(grad_any, d_hidden), hidden(hidden_any, d_hidden);
-    std::optional<RowsOf> grad_hidden;
-    std::optional<Tensor> weight;
-    if (grad_hidden_any) grad_hidden.emplace(*grad_hidden_any, d_hidden);
-    if (weight_any) weight = made_contiguous(*weight_any);
-    Backward p{};
-    p.width = hidden.tensor.size(hidden.tensor.dim() - 1);
-    p.grad = grad.data();
-    p.grad_rows = grad.rows;
-    p.hidden = hidden.data();
-    p.hidden_rows = hidden.rows;
-    if (grad_hidden) {
-        p.grad_hidden = grad_hidden->data();
-        p.grad_hidden_rows = grad_hidden->rows;
-    }
-    p.weight = weight ? weight->const_data_ptr() : nullptr;
-    p.d_hidden = d_hidden.mutable_data_ptr();
-    p.eps = static_cast<float>(eps);
-    p.offset = static_cast<float>(offset);
-    p.dtype = dtype_of(hidden.tensor);
-    p.weight_dtype = weight ? dtype_of(*weight) : p.dtype;
+    Tensor d_hidden = empty_laid_out_like(hidden);
+    const DescribedBackward described(grad, hidden, weight, grad_hidden, eps, offset, d_hidden);
+    const Backward& p = described.call;
     const Kernels* kernels = kKernels[selected_isa()];
-    const int64_t rows = hidden_any.numel() / p.width;
+    const int64_t rows = p.rows;
     const int64_t parts = std::clamp<int64_t>(rows / kRowsPerPart, 1, kParts);
     if (!weight) {
         torch::stable::parallel_for(0, rows, grain(p.width),

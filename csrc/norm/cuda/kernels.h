@@ -1,38 +1,15 @@
 // RMSNorm on CUDA devices: what one call needs, and its launchers.
 #pragma once
 
-#include <cstdint>
-
-#include "../../cpu/dtype.h"
-#include "../../cpu/rows.h"
+#include "../call.h"
 
 namespace nearpeak::norm::cuda {
 
-// Rows lie anywhere in the inputs (see Rows) and one after another in the outputs.
-struct Forward {
-    const void* x;
-    const void* residual;  // or null
-    const void* weight;    // (width,), or null
-    void* y;
-    void* hidden;  // x + residual; null without a residual
-    Rows x_rows, residual_rows;
-    int64_t rows, width;
-    float eps, offset;
-    Dtype dtype, weight_dtype;
-};
+using Forward = ForwardCall;
 
-struct Backward {
-    const void* grad;
-    const void* hidden;
-    const void* weight;       // (width,), or null
-    const void* grad_hidden;  // or null
-    void* d_hidden;
+struct Backward : BackwardCall {
     float* partials;  // (plan.partials, width): shares of the weight's gradient; null without a weight
     float* row_sums;  // (2, rows) where plan.row_sums, else null
-    Rows grad_rows, hidden_rows, grad_hidden_rows;
-    int64_t rows, width;
-    float eps, offset;
-    Dtype dtype, weight_dtype;
 };
 
 struct BackwardPlan {

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../../cuda/stream.h"
+#include "../describe.h"
 #include "kernels.h"
 
 namespace nearpeak::norm::cuda {
@@ -11,33 +12,11 @@ namespace {
 
 using nearpeak::cuda::OnDeviceOf;
 
-void run_forward(const Tensor& x_any, const std::optional<Tensor>& weight_any,
-                 const std::optional<Tensor>& residual_any, double eps, double offset, const Tensor& y,
-                 const Tensor* hidden) {
-    if (x_any.numel() == 0) return;
-    const OnDeviceOf device(x_any);
-    const RowsOf x(x_any, y);
-    std::optional<RowsOf> residual;
-    std::optional<Tensor> weight;
-    if (residual_any) residual.emplace(*residual_any, y);
-    if (weight_any) weight = made_contiguous(*weight_any);
-    Forward p{};
-    p.width = x_any.size(x_any.dim() - 1);
-    p.rows = x_any.numel() / p.width;
-    p.x = x.data();
-    p.x_rows = x.rows;
-    if (residual) {
-        p.residual = residual->data();
-        p.residual_rows = residual->rows;
-        p.hidden = hidden->mutable_data_ptr();
-    }
-    p.weight = weight ? weight->const_data_ptr() : nullptr;
-    p.y = y.mutable_data_ptr();
-    p.eps = static_cast<float>(eps);
-    p.offset = static_cast<float>(offset);
-    p.dtype = dtype_of(x_any);
-    p.weight_dtype = weight ? dtype_of(*weight) : p.dtype;
-    forward(p, device.stream());
+void run_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
+                 double eps, double offset, const Tensor& y, const Tensor* hidden) {
+    if (x.numel() == 0) return;
+    const OnDeviceOf device(x);
+    forward(DescribedForward(x, weight, residual, eps, offset, y, hidden).call, device.stream());
 }
 
 Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, double offset) {
@@ -79,36 +58,16 @@ void run_backward(Backward& p, const Tensor& hidden, Tensor* d_weight, void* str
         sum_partials({p.partials, plan.partials, p.width, d_weight->mutable_data_ptr(), p.weight_dtype}, stream);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_any, const Tensor& hidden_any,
-                                             const std::optional<Tensor>& weight_any,
-                                             const std::optional<Tensor>& grad_hidden_any, double eps, double offset) {
-    Tensor d_hidden = empty_laid_out_like(hidden_any);
-    Tensor d_weight = weight_any ? empty_laid_out_like(*weight_any) : empty_like_dtype(hidden_any, {0});
-    if (hidden_any.numel() == 0) return {d_hidden, torch::stable::zero_(d_weight)};
-    const OnDeviceOf device(hidden_any);
-    const RowsOf grad(grad_any, d_hidden), hidden(hidden_any, d_hidden);
-    std::optional<RowsOf> grad_hidden;
-    std::optional<Tensor> weight;
-    if (grad_hidden_any) grad_hidden.emplace(*grad_hidden_any, d_hidden);
-    if (weight_any) weight = made_contiguous(*weight_any);
-    Backward p{};
-    p.width = hidden_any.size(hidden_any.dim() - 1);
-    p.rows = hidden_any.numel() / p.width;
-    p.grad = grad.data();
-    p.grad_rows = grad.rows;
-    p.hidden = hidden.data();
-    p.hidden_rows = hidden.rows;
-    if (grad_hidden) {
-        p.grad_hidden = grad_hidden->data();
-        p.grad_hidden_rows = grad_hidden->rows;
-    }
-    p.weight = weight ? weight->const_data_ptr() : nullptr;
-    p.d_hidden = d_hidden.mutable_data_ptr();
-    p.eps = static_cast<float>(eps);
-    p.offset = static_cast<float>(offset);
-    p.dtype = dtype_of(hidden_any);
-    p.weight_dtype = weight ? dtype_of(*weight) : p.dtype;
-    run_backward(p, hidden_any, weight ? &d_weight : nullptr, device.stream());
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden,
+                                             const std::optional<Tensor>& weight,
+                                             const std::optional<Tensor>& grad_hidden, double eps, double offset) {
+    Tensor d_hidden = empty_laid_out_like(hidden);
+    Tensor d_weight = weight ? empty_laid_out_like(*weight) : empty_like_dtype(hidden, {0});
+    if (hidden.numel() == 0) return {d_hidden, torch::stable::zero_(d_weight)};
+    const OnDeviceOf device(hidden);
+    const DescribedBackward described(grad, hidden, weight, grad_hidden, eps, offset, d_hidden);
+    Backward p{described.call, nullptr, nullptr};
+    run_backward(p, hidden, weight ? &d_weight : nullptr, device.stream());
     return {d_hidden, d_weight};
 }
 

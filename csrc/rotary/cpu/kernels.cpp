@@ -69,19 +69,19 @@ void turn_pairs(const T* from, T* to, const float* cos, const float* sin, int64_
 // Rows of the tables in floats, whole vectors.
 int64_t row_floats(int64_t head_dim) { return (head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
-int64_t scratch(const Rotation& p, int64_t positions) { return 2 * positions * row_floats(p.head_dim); }
+int64_t scratch(const Call& p, int64_t positions) { return 2 * positions * row_floats(p.head_dim); }
 
 struct Tables {
     float *cos, *sin;
 };
 
-Tables tables_at(const Rotation& p, float* scratch, int64_t position) {
+Tables tables_at(const Call& p, float* scratch, int64_t position) {
     const int64_t row = row_floats(p.head_dim);
     return {scratch + 2 * position * row, scratch + (2 * position + 1) * row};
 }
 
 template <class T, class C>
-void prepare_tables(const Rotation& p, int64_t batch, int64_t begin, int64_t end, float* scratch) {
+void prepare_tables(const Call& p, int64_t batch, int64_t begin, int64_t end, float* scratch) {
     const float sign = p.inverse ? -1.0f : 1.0f;
     for (int64_t position = begin; position < end; ++position) {
         const C* cos = static_cast<const C*>(p.cos) + batch * p.cos_batch + position * p.cos_position;
@@ -97,7 +97,7 @@ void prepare_tables(const Rotation& p, int64_t batch, int64_t begin, int64_t end
 
 // Walks heads and positions in the order in which memory holds them.
 template <class T>
-void turn_heads(const Rotation& p, const Heads& x, int64_t batch, int64_t begin, int64_t end, float* scratch) {
+void turn_heads(const Call& p, const Heads& x, int64_t batch, int64_t begin, int64_t end, float* scratch) {
     const auto turn = p.interleaved ? turn_pairs<T> : turn_halves<T>;
     const auto one = [&](int64_t head, int64_t position) {
         const Tables tables = tables_at(p, scratch, position - begin);
@@ -116,7 +116,7 @@ void turn_heads(const Rotation& p, const Heads& x, int64_t batch, int64_t begin,
     }
 }
 
-void rotate(const Rotation& p, int64_t batch, int64_t begin, int64_t end, float* scratch) {
+void rotate(const Call& p, int64_t batch, int64_t begin, int64_t end, float* scratch) {
     with_type(p.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         if (p.table_dtype == p.dtype) {

@@ -4,6 +4,7 @@
 
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
+#include "../describe.h"
 #include "kernels.h"
 
 namespace nearpeak::rotary {
@@ -44,48 +45,18 @@ bool is_writable(const Tensor& tensor) {
     return true;
 }
 
-int64_t batch_stride(const Tensor& table) { return table.dim() == 3 && table.size(0) > 1 ? table.stride(0) : 0; }
-
-Heads heads_of(const Tensor& from, const Tensor& to) {
-    Heads x{};
-    x.from = from.const_data_ptr();
-    x.to = to.mutable_data_ptr();
-    x.heads = from.size(1);
-    x.from_batch = from.stride(0);
-    x.from_head = from.stride(1);
-    x.from_position = from.stride(2);
-    x.to_batch = to.stride(0);
-    x.to_head = to.stride(1);
-    x.to_position = to.stride(2);
-    return x;
-}
-
 void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
          const Tensor& query_out, const Tensor& key_out) {
-    const int64_t batch = query.size(0), sequence = query.size(2), head_dim = query.size(3);
-    const int64_t per_position = (query.size(1) + key.size(1)) * head_dim;
-    if (batch * sequence * per_position == 0) return;
-    Rotation p{};
-    p.query = heads_of(query, query_out);
-    p.key = heads_of(key, key_out);
-    p.cos = cos.const_data_ptr();
-    p.sin = sin.const_data_ptr();
-    p.cos_batch = batch_stride(cos);
-    p.cos_position = cos.stride(cos.dim() - 2);
-    p.sin_batch = batch_stride(sin);
-    p.sin_position = sin.stride(sin.dim() - 2);
-    p.head_dim = head_dim;
-    p.interleaved = interleaved;
-    p.inverse = inverse;
-    p.dtype = dtype_of(query);
-    p.table_dtype = dtype_of(cos);
+    const int64_t per_position = (query.size(1) + key.size(1)) * query.size(3);
+    if (query.size(0) * query.size(2) * per_position == 0) return;
+    const Call p = describe(query, key, cos, sin, interleaved, inverse, query_out, key_out);
     const int64_t positions = std::max(kPositions, kElementsPerTask / per_position);
-    const int64_t runs = (sequence + positions - 1) / positions;
+    const int64_t runs = (p.sequence + positions - 1) / positions;
     const Kernels* kernels = kKernels[selected_isa()];
-    torch::stable::parallel_for(0, batch * runs, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.batch * runs, 1, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % runs * positions;
-            const int64_t last = std::min(first + positions, sequence);
+            const int64_t last = std::min(first + positions, p.sequence);
             kernels->rotate(p, task / runs, first, last, thread_scratch(kernels->scratch(p, last - first)));
         }
     });

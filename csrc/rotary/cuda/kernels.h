@@ -1,33 +1,15 @@
-// Rotary position embedding on CUDA devices: what one call needs, and its launcher.
+// Rotary position embedding on CUDA devices: what its kernel needs, and its launcher.
 #pragma once
 
-#include <cstdint>
-
-#include "../../cpu/dtype.h"
+#include "../call.h"
 
 namespace nearpeak::rotary::cuda {
 
-// One of query and key: (batch, heads, sequence, head_dim), dense in the last dimension. `to` may be `from`.
-struct Heads {
-    const void* from;
-    void* to;
-    int64_t heads;
-    int64_t from_batch, from_head, from_position;  // strides in elements
-    int64_t to_batch, to_head, to_position;
-};
-
-struct Rotation {
-    Heads query, key;
-    const void* cos;  // (batch or 1, sequence, head_dim / 2 or more), dense in the last dimension
-    const void* sin;
-    int64_t cos_batch, cos_position, sin_batch, sin_position;  // strides in elements; 0 where batches share a table
-    int64_t batch, sequence, head_dim;
+struct Rotation : Call {
     int64_t heads_together;  // how many heads, key's counted after query's, a thread turns: the launcher's choice
-    bool inverse;
-    Dtype dtype, table_dtype;
 };
 
 // On the current device. `stream` is a cudaStream_t. Not for calls without elements.
-void rotate(const Rotation& call, bool interleaved, void* stream);
+void rotate(const Call& call, void* stream);
 
 }  // namespace nearpeak::rotary::cuda

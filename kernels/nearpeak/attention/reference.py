@@ -16,7 +16,7 @@ import contextlib
 
 import torch
 
-from ..operators import empty_laid_out_like
+from ..operators import empty_laid_out_like, widened
 
 
 def allowed(query_length, key_length, window_left, window_right, device):
@@ -56,20 +56,22 @@ def _exact(device):
     return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
-def _wide(tensor):
-    """The tensor in the dtype of the arithmetic."""
-    return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
-
-
 def _grouped(tensor, key_heads):
     """(batch, heads, ...) as (batch, key heads, group, ...)."""
     return tensor.unflatten(1, (key_heads, tensor.shape[1] // max(1, key_heads)))
 
 
+def _shared(tensor, group):
+    """(batch, key heads, ...) for each head of the group, so that its gradient is summed over queries first.
+
+    One sum over queries and group is so long that float32 shows it.
+    """
+    return tensor.unsqueeze(2).expand(-1, -1, group, -1, -1)
+
+
 def attention(query, key, value, window_left, window_right, scale, softcap):
-    q = _grouped(_wide(query), key.shape[1])
-    # Expanded, so that autograd sums a key's gradient over queries first and the group last: see attention_backward.
-    k, v = (_wide(tensor).unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for tensor in (key, value))
+    q = _grouped(widened(query), key.shape[1])
+    k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     with _exact(query.device):
         scores = _scores(_scaled_products(q, k, scale), window_left, window_right, softcap)
         lse = torch.logsumexp(scores, dim=-1)
@@ -87,13 +89,13 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
     `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
     """
     heads = key.shape[1]
-    q = _grouped(_wide(query), heads)
-    k, v = (_wide(tensor).unsqueeze(2).expand(-1, -1, q.shape[2], -1, -1) for tensor in (key, value))
-    d_out = _grouped(_wide(grad_out), heads)
+    q = _grouped(widened(query), heads)
+    k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
+    d_out = _grouped(widened(grad_out), heads)
     with _exact(query.device):
         products = _scaled_products(q, k, scale)
         probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
-        # Summed over queries first: one sum over queries and group is so long that float32 shows it.
+        # Summed over queries first: see _shared.
         d_value = torch.einsum("bhgqk,bhgqd->bhgkd", probabilities, d_out).sum(2)
         d_scores = torch.einsum("bhgqd,bhgkd->bhgqk", d_out, v)
         d_scores = d_scores - (probabilities * d_scores).sum(-1, keepdim=True)

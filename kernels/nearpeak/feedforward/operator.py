@@ -3,6 +3,9 @@
 Nothing is saved for backward but the inputs: f(x) is computed again there, which costs less than reading it.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from .. import backends, operators
@@ -122,19 +125,44 @@ operators.define(
     triton=triton_kernels and triton_kernels.packed_gated_activation_backward,
 )
 
-# Backends that have kernels for these operators.
-KERNELS = ("cpu", "triton")
-
 KINDS = {name: number for number, name in enumerate(reference.NAMES)}
 GELUS = {"none": KINDS["gelu"], "tanh": KINDS["gelu_tanh"], "sigmoid": KINDS["quick_gelu"]}
 
-# Looked up once: each attribute of torch.ops costs 0.1 us a call.
-_activation = torch.ops.nearpeak.activation.default
-_activation_inference = torch.ops.nearpeak.activation_inference.default
-_gated = torch.ops.nearpeak.gated_activation.default
-_gated_inference = torch.ops.nearpeak.gated_activation_inference.default
-_packed = torch.ops.nearpeak.packed_gated_activation.default
-_packed_inference = torch.ops.nearpeak.packed_gated_activation_inference.default
+
+class Form(NamedTuple):
+    """One way to call an activation; its operators are looked up once, at 0.1 us an attribute of torch.ops."""
+
+    check: Callable
+    reference: Callable
+    recorded: torch._ops.OpOverload  # with a gradient formula
+    inference: torch._ops.OpOverload
+
+    def serve(self, *arguments):
+        try:
+            first, second, *_ = arguments
+            if backends.reference_serves(first, kernels=backends.WITHOUT_CUDA):
+                self.check(*arguments)
+                return self.reference(*arguments)
+            recorded = operators.wants_gradient(first, second if isinstance(second, torch.Tensor) else None)
+            return (self.recorded if recorded else self.inference)(*arguments)
+        except (AttributeError, RuntimeError, TypeError):
+            self.check(*arguments)
+            raise
+
+
+ALONE, GATED, PACKED = (
+    Form(
+        check,
+        getattr(reference, name),
+        getattr(torch.ops.nearpeak, name).default,
+        getattr(torch.ops.nearpeak, f"{name}_inference").default,
+    )
+    for check, name in (
+        (_check, "activation"),
+        (_check_gated, "gated_activation"),
+        (_check_packed, "packed_gated_activation"),
+    )
+)
 
 
 def activation(x, name):
@@ -155,35 +183,15 @@ def activation(x, name):
     """
     if name not in KINDS:
         raise ValueError(f"name must be one of {', '.join(KINDS)}, not {name!r}")
-    kind = KINDS[name]
-    try:
-        if backends.reference_serves(x, kernels=KERNELS):
-            _check(x, kind)
-            return reference.activation(x, kind)
-        return (_activation if operators.wants_gradient(x) else _activation_inference)(x, kind)
-    except (AttributeError, RuntimeError, TypeError):
-        _check(x, kind)
-        raise
+    return ALONE.serve(x, KINDS[name])
 
 
 def _gate(gate, up, kind, up_first):
     if up is None:
-        check, plain, arguments = _check_packed, reference.packed_gated_activation, (gate, kind, up_first)
-    else:
-        check, plain, arguments = _check_gated, reference.gated_activation, (gate, up, kind)
-        if up_first:
-            raise ValueError("up_first tells how gate and up are packed: leave it out where up is given")
-    try:
-        if backends.reference_serves(gate, kernels=KERNELS):
-            check(*arguments)
-            return plain(*arguments)
-        recorded = operators.wants_gradient(gate, up)
-        if up is None:
-            return (_packed if recorded else _packed_inference)(*arguments)
-        return (_gated if recorded else _gated_inference)(*arguments)
-    except (AttributeError, RuntimeError, TypeError):
-        check(*arguments)
-        raise
+        return PACKED.serve(gate, kind, up_first)
+    if up_first:
+        raise ValueError("up_first tells how gate and up are packed: leave it out where up is given")
+    return GATED.serve(gate, up, kind)
 
 
 def swiglu(gate, up=None, *, up_first=False):

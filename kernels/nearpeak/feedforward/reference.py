@@ -18,17 +18,13 @@ import math
 
 import torch
 
-from ..operators import empty_laid_out_like
+from ..operators import empty_laid_out_like, widened
 
 NAMES = ("relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu_squared")
 
 QUICK = 1.702
 ROOT = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
-
-
-def _wide(tensor):
-    return tensor.to(torch.float64 if tensor.dtype is torch.float64 else torch.float32)
 
 
 def _normal(x):
@@ -66,22 +62,22 @@ def _slope(x, name):
 
 
 def activation(x, kind):
-    return empty_laid_out_like(x).copy_(_value(_wide(x), NAMES[kind]))
+    return empty_laid_out_like(x).copy_(_value(widened(x), NAMES[kind]))
 
 
 def activation_backward(grad, x, kind):
     """f'(x) grad"""
-    return empty_laid_out_like(x).copy_(_slope(_wide(x), NAMES[kind]) * _wide(grad))
+    return empty_laid_out_like(x).copy_(_slope(widened(x), NAMES[kind]) * widened(grad))
 
 
 def gated_activation(gate, up, kind):
-    return empty_laid_out_like(gate).copy_(_value(_wide(gate), NAMES[kind]) * _wide(up))
+    return empty_laid_out_like(gate).copy_(_value(widened(gate), NAMES[kind]) * widened(up))
 
 
 def gated_activation_backward(grad, gate, up, kind):
     """d_gate = f'(gate) up grad,  d_up = f(gate) grad"""
-    wide, g = _wide(gate), _wide(grad)
-    d_gate = empty_laid_out_like(gate).copy_(_slope(wide, NAMES[kind]) * _wide(up) * g)
+    wide, g = widened(gate), widened(grad)
+    d_gate = empty_laid_out_like(gate).copy_(_slope(wide, NAMES[kind]) * widened(up) * g)
     return d_gate, empty_laid_out_like(gate).copy_(_value(wide, NAMES[kind]) * g)
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import operators, triton_launch
+from .reference import halves
 
 THREADS = 128
 BLOCK_BYTES = 2 * THREADS * triton_launch.WIDEST_ACCESS  # two accesses a thread and input hide more latency than one
@@ -144,11 +145,6 @@ def _run_backward(grad, gate, up, d_gate, d_up, kind):
             )  # fmt: skip
 
 
-def _halves(packed, up_first):
-    first, second = packed.chunk(2, dim=-1)
-    return (second, first) if up_first else (first, second)
-
-
 def activation(x, kind):
     return gated_activation(x, None, kind)
 
@@ -160,7 +156,7 @@ def gated_activation(gate, up, kind):
 
 
 def packed_gated_activation(packed, kind, up_first):
-    return gated_activation(*_halves(packed, up_first), kind)
+    return gated_activation(*halves(packed, up_first), kind)
 
 
 def activation_backward(grad, x, kind):
@@ -177,5 +173,5 @@ def gated_activation_backward(grad, gate, up, kind):
 
 def packed_gated_activation_backward(grad, packed, kind, up_first):
     d_packed = operators.empty_laid_out_like(packed)
-    _run_backward(grad, *_halves(packed, up_first), *_halves(d_packed, up_first), kind)
+    _run_backward(grad, *halves(packed, up_first), *halves(d_packed, up_first), kind)
     return d_packed

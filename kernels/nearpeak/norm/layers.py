@@ -2,8 +2,8 @@
 
 import torch
 
+from ..operators import accumulation_dtype
 from .operator import rms_norm
-from .reference import accumulation_dtype
 
 
 class RMSNorm(torch.nn.RMSNorm):

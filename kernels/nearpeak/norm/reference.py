@@ -9,15 +9,11 @@ Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4; offset = 
 
 import torch
 
-from ..operators import empty_laid_out_like
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from ..operators import accumulation_dtype, empty_laid_out_like, widened
 
 
 def rms_norm(x, weight, eps, offset):
-    wide = x.to(accumulation_dtype(x.dtype))
+    wide = widened(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         y = y * (offset + weight.to(wide.dtype))

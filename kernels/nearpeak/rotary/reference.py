@@ -12,12 +12,12 @@ Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34.
 
 import torch
 
-from ..operators import empty_laid_out_like
+from ..operators import empty_laid_out_like, widened
 
 
 def rotate(x, cos, sin, interleaved, inverse):
     """x: (batch, heads, sequence, head_dim); cos, sin: (sequence, at least head_dim / 2), or with a batch before."""
-    wide = x.to(torch.float64 if x.dtype is torch.float64 else torch.float32)
+    wide = widened(x)
     cos, sin = (table[..., : x.shape[-1] // 2].to(wide.dtype) for table in (cos, sin))
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
