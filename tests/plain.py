@@ -38,9 +38,10 @@ def _rotate(x, cos, sin, interleaved):
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def attention(query, key, value, mask, scale, softcap):
+def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None):
     """softmax(query key^T scale) value in eager operators; mask is True where a query may look at a key.
 
+    terms: tensors that are added to the scores. sinks: the score per head of one more key, without a value.
     Returns out and lse. Rows without any key give zeros, which the eager layer would turn into NaN.
     """
     if key.shape[1]:
@@ -49,10 +50,16 @@ def attention(query, key, value, mask, scale, softcap):
     scores = query @ key.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    for term in terms:
+        scores = scores + term
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores, mask = torch.cat((scores, column), -1), F.pad(mask, (0, 1), value=True)
+        value = F.pad(value, (0, 0, 0, 1))
     sees_a_key = mask.any(-1, keepdim=True)
     lse = torch.logsumexp(scores.to(lse_dtype(query.dtype)).masked_fill(~mask, float("-inf")), dim=-1)
     probabilities = torch.softmax(scores.masked_fill(~mask & sees_a_key, float("-inf")), dim=-1)
-    return (probabilities * sees_a_key) @ value, lse
+    return (probabilities * sees_a_key).to(value.dtype) @ value, lse
 
 
 def fused_attention(query, key, value, mask, scale):

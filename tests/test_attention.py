@@ -346,7 +346,7 @@ def test_a_bad_query_row_spoils_no_other(serving, length):
     assert out[spoiled].isnan().all()
 
 
-Q, KV, WIDE = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8), torch.ones(1, 1, 2, 257)
+Q, KV = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 6, 8)
 
 
 def attend(query=Q, key=KV, value=None, **options):
@@ -360,10 +360,10 @@ BAD = {
     "query_3d": (ValueError, "query must", attend(Q[0])),
     "query_strided": (ValueError, "query must", attend(every_second(Q))),
     "head_dim_0": (ValueError, "query must", attend(Q[..., :0], KV[..., :0])),
-    "head_dim_257": (
+    "head_dim_577": (
         ValueError,
         "query must",
-        attend(torch.ones(1, 1, 2, 257), torch.ones(1, 1, 2, 257)),
+        attend(torch.ones(1, 1, 2, 577), torch.ones(1, 1, 2, 577)),
     ),
     "key_list": (TypeError, "key must", attend(key=[1.0], value=KV)),
     "key_dtype": (TypeError, "key must", attend(key=KV.half(), value=KV)),

@@ -88,7 +88,7 @@ def test_layouts_of_every_operand(serving, layout):
     if layout is every_second:
         changed[2:5] = arguments[2:5]  # attention's door asks for a dense last dimension
     gradients = torch.ops.nearpeak.attention_backward(*changed)
-    for gradient, same, of in zip(gradients, expected, changed[2:5], strict=True):
+    for gradient, same, of in zip(gradients[:3], expected[:3], changed[2:5], strict=True):
         torch.testing.assert_close(gradient, same)
         assert laid_out_like(gradient, of)
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-from . import attention, feedforward, norm, overhead, rotary
+from . import attention, attention_terms, feedforward, norm, overhead, rotary
 from .cases import Case
 
 SUITES = {
     "norm": norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
-    "attention": attention.CASES,
+    "attention": attention.CASES + attention_terms.CASES,
     "overhead": overhead.CASES,
 }
 

@@ -42,3 +42,13 @@ def check_dense_last(name: str, tensor: torch.Tensor) -> None:
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
+
+
+def check_float_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Check that `tensor` is on query's device, and of query's dtype or float32, which every kernel reads beside it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dtype not in (like.dtype, torch.float32):
+        raise TypeError(f"{name} must have query's dtype, {like.dtype}, or float32, not {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on query's device, {like.device}, not {tensor.device}")

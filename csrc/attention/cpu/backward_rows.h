@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "prefill.h"
 #include "register_tiles.h"
@@ -16,10 +17,11 @@
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
-// Where rounding lse would show beside the other errors of a float32 gradient: beyond this magnitude (in base 2), and
-// where so few keys are seen that exact softmax makes hardly any. Below, the error is that of PyTorch's fused backward,
-// which knows no softcap: with one, gradients are held against exact softmax alone, and always get the exact lse.
-constexpr float kLargestRoundedLse = 16.0f;
+// Where rounding lse would show beside the other errors of a gradient: in base 2, beyond these magnitudes; in float32
+// also where so few keys are seen that exact softmax makes hardly any, and where PyTorch has no fused backward: the
+// error that is allowed here is that one's.
+template <class T>
+constexpr float kLargestRoundedLse = std::is_same_v<T, float> ? 16.0f : 4096.0f;
 
 template <class T>
 class BackwardRows {
@@ -38,7 +40,7 @@ class BackwardRows {
             rounded &= may_be_rounded(row);
             std::fill_n(sums_of(row), p.padded_dim(), 0.0f);
         }
-        if (std::is_same_v<T, float> && !rounded) set_exact_lse();
+        if (!rounded) set_exact_lse();
     }
 
     void finish() {
@@ -62,9 +64,7 @@ class BackwardRows {
         return forward;
     }
 
-    int64_t number_in_all(int64_t row) const {
-        return (task.batch * p.key_heads + task.key_head) * p.padded_rows() + row;
-    }
+    int64_t number_in_all(int64_t row) const { return p.number_of(task.sequence, task.key_head, row); }
     RowStatistics& statistics_of(int64_t row) const { return p.statistics[number_in_all(row)]; }
     float* sums_of(int64_t row) const { return p.d_query_sums + number_in_all(row) * p.padded_dim(); }
 
@@ -78,12 +78,12 @@ class BackwardRows {
         };
         const Lanes<T> out = lanes_in(p.out, p.out_strides), grad_out = lanes_in(p.grad_out, p.grad_out_strides);
         Float chain = {}, delta = {};
-        for_each_vector(p.head_dim, [&](int64_t d, auto count, int) {
+        for_each_vector(p.value_dim, [&](int64_t d, auto count, int) {
             Float o[kLanes], g[kLanes];
             out.load_transposed(d, count, o);
             grad_out.load_transposed(d, count, g);
             if (d % kChain == 0) delta += std::exchange(chain, Float{});
-            const int64_t elements = std::min<int64_t>(kLanes, p.head_dim - d);
+            const int64_t elements = std::min<int64_t>(kLanes, p.value_dim - d);
             for (int64_t i = 0; i < elements; ++i) chain += g[i] * o[i];
         });
         delta += chain;
@@ -102,10 +102,12 @@ class BackwardRows {
     }
 
     bool may_be_rounded(int64_t row) const {
-        const KeyRange keys = allowed_keys(p, row / p.group());
+        const KeyRange keys = allowed_keys(p, task.sequence, row / p.group());
         const int64_t count = keys.end - keys.begin;
         if (count == 0) return true;
-        return p.softcap == 0 && count > kFewKeys && std::abs(statistics_of(row).lse) <= kLargestRoundedLse;
+        const bool small = std::abs(statistics_of(row).lse) <= kLargestRoundedLse<T>;
+        if (!std::is_same_v<T, float>) return small;
+        return small && count > kFewKeys && !p.eager_elsewhere();
     }
 
     void set_exact_lse() {
@@ -113,8 +115,10 @@ class BackwardRows {
         for (int64_t row = task.row_begin; row < task.row_end; ++row) {
             RowStatistics& statistics = statistics_of(row);
             if (may_be_rounded(row)) continue;
-            statistics.lse = softmax.maximum_of(row);
-            statistics.factor = 1.0f / softmax.total_of(row);
+            const Softmax exact = softmax.softmax_of(row);
+            if (exact.total == 0.0f) continue;
+            statistics.lse = exact.maximum;
+            statistics.factor = 1.0f / exact.total;
         }
     }
 };

@@ -19,6 +19,7 @@
 #include "mask.h"
 #include "memory.h"
 #include "rows.h"
+#include "score_terms.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -29,13 +30,17 @@ constexpr int kSumsTogether = 8;      // as many independent sums as hide the mu
 // Queries and outputs lie in memory as kept(lanes) does, padded with zeros to whole vectors.
 struct DecodeMemory {
     DecodeMemory(const Forward& p, int64_t rows, Arena& arena)
-        : padded_dim((p.head_dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes),
-          query(arena.take((rows + kRowsTogether - 1) * padded_dim)),
-          out(arena.take((rows + kRowsTogether - 1) * padded_dim)),
-          scores(arena.take(kDecodeBlock * kRowsTogether + kLanes)) {}
+        : query_stride(padded(p.head_dim)),
+          out_stride(padded(p.value_dim)),
+          query(arena.take((rows + kRowsTogether - 1) * query_stride)),
+          out(arena.take((rows + kRowsTogether - 1) * out_stride)),
+          scores(arena.take(kDecodeBlock * kRowsTogether + kLanes)),
+          terms(p.has_terms() ? arena.take(kDecodeBlock * kRowsTogether + kLanes) : nullptr) {}
 
-    int64_t padded_dim;
-    float *query, *out, *scores;
+    static int64_t padded(int64_t dim) { return (dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes; }
+
+    int64_t query_stride, out_stride;
+    float *query, *out, *scores, *terms;
 };
 
 inline void multiply_add(Float& sum, Float a, Float b) { sum += a * b; }
@@ -74,8 +79,8 @@ class Decode {
           values(value_rows<T>(parameters, this_task)) {}
 
     void run(float* partial) {
-        std::fill_n(memory.query, (rows + kRowsTogether - 1) * memory.padded_dim, 0.0f);
-        std::fill_n(memory.out, (rows + kRowsTogether - 1) * memory.padded_dim, 0.0f);
+        std::fill_n(memory.query, (rows + kRowsTogether - 1) * memory.query_stride, 0.0f);
+        std::fill_n(memory.out, (rows + kRowsTogether - 1) * memory.out_stride, 0.0f);
         for (int64_t row = 0; row < rows; ++row) load_query(row);
         for (int64_t row = 0; row < rows; row += kRowsTogether) {
             maximum[row / kRowsTogether] = broadcast(-kInfinity);
@@ -130,7 +135,7 @@ class Decode {
         const T* query = query_row<T>(p, task, task.row_begin + row);
         const float factor = score_factor(p);
         for_each_two<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
-            store(memory.query + row * memory.padded_dim + d, load(query + d, lanes) * factor, kept(lanes));
+            store(memory.query + row * memory.query_stride + d, load(query + d, lanes) * factor, kept(lanes));
         });
     }
 
@@ -143,12 +148,14 @@ class Decode {
         const bool masked = any(first > 0) || any(last < static_cast<int32_t>(end - begin));
         Float now = row_maximum;
         // The first rows fetch for all.
-        Fetch coming_values{value_at(begin), p.value_strides.position, p.head_dim, row == 0 ? end - begin : 0};
-        const int lines = kKeys * (p.head_dim * sizeof(T) / 64 + 1);
+        Fetch coming_values{value_at(begin), p.value_strides.position, p.value_dim, row == 0 ? end - begin : 0};
+        const int lines = kKeys * (p.value_dim * sizeof(T) / 64 + 1);
+        if (p.has_terms()) load_terms<kRows>(row, begin, end);
         for (int64_t key = begin; key < end; key += kKeys) {
             for (int line = 0; line < lines; ++line) coming_values.next();
             Float score = multiply_keys<kRows>(row, key, end - 1);
             if (p.softcap > 0) score = capped(p, score);
+            if (p.has_terms()) score += load(memory.terms + (key - begin) * kRows);
             if (masked || key + kKeys > end) {
                 const Int number = lane_numbers() / kRows + static_cast<int32_t>(key - begin);
                 score = select((number >= first) & (number < last), score, broadcast(-kInfinity));
@@ -170,6 +177,16 @@ class Decode {
         add_values<kRows>(row, begin, end, decay);
     }
 
+    // As the scores lie: key by key, all rows of a key.
+    template <int kRows>
+    void load_terms(int64_t row, int64_t begin, int64_t end) const {
+        for (int r = 0; r < kRows; ++r) {
+            float of_row[kDecodeBlock] = {};
+            add_terms(p, task, task.row_begin + std::min(row + r, rows - 1), begin, end, of_row);
+            for (int64_t k = 0; k < kDecodeBlock; ++k) memory.terms[k * kRows + r] = of_row[k];
+        }
+    }
+
     struct Bounds {
         Int first, last;
     };
@@ -180,7 +197,7 @@ class Decode {
         Bounds bounds;
         for (int r = 0; r < kRows; ++r) {
             const int64_t own = std::min(row + r, rows - 1);
-            const KeyRange allowed = allowed_keys(p, (task.row_begin + own) / p.group());
+            const KeyRange allowed = allowed_keys(p, task.sequence, (task.row_begin + own) / p.group());
             for (int lane = r; lane < kLanes; lane += kRows) {
                 bounds.first[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.begin - begin, 0, end - begin));
                 bounds.last[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.end - begin, 0, end - begin));
@@ -198,14 +215,14 @@ class Decode {
         for (int k = 0; k < kKeys; ++k) {
             at[k] = key_at(std::min(key + k, last));
         }
-        const float* query = memory.query + row * memory.padded_dim;
+        const float* query = memory.query + row * memory.query_stride;
         for_each_two<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
             decltype(load(at[0], lanes)) elements[kKeys];
 #pragma GCC unroll 16
             for (int k = 0; k < kKeys; ++k) elements[k] = load(at[k] + d, lanes);
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-                const auto q = load(query + r * memory.padded_dim + d, kept(lanes));
+                const auto q = load(query + r * memory.query_stride + d, kept(lanes));
 #pragma GCC unroll 16
                 for (int k = 0; k < kKeys; ++k) multiply_add(sums[k * kRows + r], q, elements[k]);
             }
@@ -220,10 +237,10 @@ class Decode {
         const int64_t coming = std::min(kDecodeBlock, task.key_end - end);
         Fetch coming_keys{key_at(end), p.key_strides.position, p.head_dim, row == 0 ? coming : 0};
         int64_t d = 0;
-        for (; d + kStep <= p.head_dim; d += kStep) {
+        for (; d + kStep <= p.value_dim; d += kStep) {
             add_columns<kRows, kColumns>(row, d, TwoVectors<T>{}, begin, end, decay, coming_keys);
         }
-        for_each_two<T>(p.head_dim - d, [&](int64_t column, auto lanes, int) {
+        for_each_two<T>(p.value_dim - d, [&](int64_t column, auto lanes, int) {
             add_columns<kRows, 1>(row, d + column, lanes, begin, end, decay, coming_keys);
         });
     }
@@ -244,7 +261,7 @@ class Decode {
         }
         for (int r = 0; r < kRows; ++r) {
             for (int c = 0; c < kColumns; ++c) {
-                float* at = memory.out + (row + r) * memory.padded_dim + d + c * 2 * kLanes;
+                float* at = memory.out + (row + r) * memory.out_stride + d + c * 2 * kLanes;
                 store(at, load(at, kept(lanes)) * decay[r] + sums[r][c], kept(lanes));
             }
         }
@@ -259,21 +276,22 @@ class Decode {
     }
 
     void finish_row(int64_t row, float row_maximum, float row_total, float* partial) const {
-        const float* out = memory.out + row * memory.padded_dim;
+        const float* out = memory.out + row * memory.out_stride;
         if (partial) {
-            float* to = partial + row * (p.head_dim + 2);
+            float* to = partial + row * (p.value_dim + 2);
             to[0] = row_maximum;
             to[1] = row_total;
-            for_each_two<T>(p.head_dim,
+            for_each_two<T>(p.value_dim,
                             [&](int64_t d, auto lanes, int) { store(to + 2 + d, load(out + d, kept(lanes)), lanes); });
             return;
         }
-        const float inverse = row_total == 0.0f ? 0.0f : 1.0f / row_total;
+        const Softmax softmax = with_sink(p, task, task.row_begin + row, row_maximum, row_total);
+        const float inverse = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
         T* to = out_row<T>(p, task, task.row_begin + row);
-        for_each_two<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
+        for_each_two<T>(p.value_dim, [&](int64_t d, auto lanes, int) {
             store(to + d, load(out + d, kept(lanes)) * inverse, lanes);
         });
-        write_lse(p, task, task.row_begin + row, row_maximum, row_total);
+        write_lse(p, task, task.row_begin + row, softmax.maximum, softmax.total);
     }
 };
 
@@ -281,22 +299,23 @@ class Decode {
 template <class T>
 void merge_rows(const Forward& p, const Task& task, const float* partials, int64_t count, int64_t partial_stride) {
     for (int64_t row = task.row_begin; row < task.row_end; ++row) {
-        const float* first = partials + (row - task.row_begin) * (p.head_dim + 2);
+        const float* first = partials + (row - task.row_begin) * (p.value_dim + 2);
         float maximum = -kInfinity, total = 0.0f;
         for (int64_t part = 0; part < count; ++part) maximum = std::max(maximum, first[part * partial_stride]);
         const float finite = maximum == -kInfinity ? 0.0f : maximum;
         const auto factor = [&](int64_t part) { return exp2(broadcast(first[part * partial_stride] - finite))[0]; };
         for (int64_t part = 0; part < count; ++part) total += first[part * partial_stride + 1] * factor(part);
-        const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+        const Softmax softmax = with_sink(p, task, row, maximum, total);
+        const float inverse = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
         T* to = out_row<T>(p, task, row);
-        for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
+        for_each_vector(p.value_dim, [&](int64_t d, auto lanes, int) {
             Float sums = {};
             for (int64_t part = 0; part < count; ++part) {
                 sums += load(first + part * partial_stride + 2 + d, lanes) * factor(part);
             }
             store(to + d, sums * inverse, lanes);
         });
-        write_lse(p, task, row, maximum, total);
+        write_lse(p, task, row, softmax.maximum, softmax.total);
     }
 }
 

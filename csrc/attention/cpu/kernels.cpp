@@ -28,7 +28,7 @@ using PrefillOf = Prefill<T, ProductsOf<T>>;
 
 int64_t prefill_scratch(const Forward& p, int64_t rows) {
     Arena counting(nullptr);
-    const Task task{0, 0, 0, rows, 0, 0};
+    const Task task{{}, 0, 0, rows, 0, 0};
     with_type(p.dtype, [&](auto* t) { PrefillOf<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
     return counting.floats();
 }
@@ -57,7 +57,7 @@ void merge(const Forward& p, const Task& task, const float* partials, int64_t co
 
 int64_t rows_scratch(const Backward& p, int64_t rows) {
     Arena counting(nullptr);
-    const Task task{0, 0, 0, rows, 0, 0};
+    const Task task{{}, 0, 0, rows, 0, 0};
     with_type(p.dtype, [&](auto* t) { BackwardRows<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
     return counting.floats();
 }

@@ -14,24 +14,51 @@ struct Strides {
     int64_t batch, head, position;
 };
 
+// (batch, heads, query length, key length), dense in the last dimension; strides are 0 where it broadcasts.
+struct PairTensor {
+    const void* data;  // null for none
+    Strides strides;
+    Dtype dtype;
+};
+
+// Queries and keys that belong together: a batch entry, or in a packed batch one of the sequences that lie in it one
+// behind the other. Rows, positions and keys are counted from its own first ones.
+struct Sequence {
+    int64_t batch, query_begin, query_length, key_begin, key_length;
+    int64_t padded_begin;  // of a key head's rows, in what backward keeps of every row
+};
+
 // What both directions need.
 struct Call {
     const void* query;
     const void* key;
     const void* value;
     Strides query_strides, key_strides, value_strides;
-    int64_t batch, heads, key_heads, query_length, key_length, head_dim;
+    int64_t batch, heads, key_heads, query_length, key_length;  // of the tensors
+    const Sequence* sequences;
+    int64_t sequence_count;
+    int64_t head_dim, value_dim;  // of query and key; of value and out
     float scale;
     float softcap;                      // 0 for none
     int64_t window_left, window_right;  // keys p - left .. p + right of position p; large where open
     Dtype dtype;
+    // What score_terms.h adds to the scores. A mask's elements are bytes, whatever its dtype says.
+    PairTensor bias, mask;
+    const float* alibi_slopes;  // (batch or 1, heads), or null
+    int64_t alibi_batch_stride;
+    const float* sinks;  // (heads), or null
+
+    bool has_terms() const { return bias.data || mask.data || alibi_slopes; }
+    // Whether eager operators alone do such a call in PyTorch, forward and backward: then gradients are held against
+    // exact softmax, where else against its fused backward's too.
+    bool eager_elsewhere() const { return softcap > 0 || has_terms() || sinks || value_dim != head_dim; }
 
     // Rows are the (position, head) pairs that share one key head, heads of a position next to each other: so that
     // grouped heads share what is loaded, and a run of rows spans few positions under a causal mask.
     int64_t group() const { return heads / key_heads; }
-    int64_t rows() const { return query_length * group(); }
-    // Pairs of a batch entry and a key head.
-    int64_t pairs() const { return batch * key_heads; }
+    int64_t rows(const Sequence& sequence) const { return sequence.query_length * group(); }
+    // Pairs of a sequence and a key head.
+    int64_t pairs() const { return sequence_count * key_heads; }
 };
 
 struct Forward : Call {
@@ -62,11 +89,21 @@ struct Backward : Call {
     void *d_query, *d_key, *d_value;
     Strides out_strides, grad_out_strides, d_query_strides, d_key_strides, d_value_strides;
 
+    // The bias's gradient in float32, of bias's shape, zeros at first; null where it is not asked for.
+    float* d_bias;
+    Strides d_bias_strides;
+
     // Of every pair, and of `padded_rows` rows each: what `prepare_rows` finds out, and the sums of d_query.
+    int64_t all_padded_rows;  // of a key head
     RowStatistics* statistics;
     float* d_query_sums;
 
-    int64_t padded_rows() const { return (rows() + kBlockRows - 1) / kBlockRows * kBlockRows; }
+    int64_t padded_rows(const Sequence& sequence) const {
+        return (rows(sequence) + kBlockRows - 1) / kBlockRows * kBlockRows;
+    }
+    int64_t number_of(const Sequence& sequence, int64_t key_head, int64_t row) const {
+        return key_head * all_padded_rows + sequence.padded_begin + row;
+    }
     // A multiple of every panel.
     int64_t padded_dim() const { return (head_dim + 31) / 32 * 32; }
 };
@@ -77,9 +114,10 @@ constexpr int64_t kFewKeys = 64;
 // Rows of a decode task at most.
 constexpr int64_t kDecodeRows = 8;
 
-// Rows [row_begin, row_end) of one batch entry and key head, over keys [key_begin, key_end).
+// Rows [row_begin, row_end) of one sequence and key head, over keys [key_begin, key_end).
 struct Task {
-    int64_t batch, key_head, row_begin, row_end, key_begin, key_end;
+    Sequence sequence;
+    int64_t key_head, row_begin, row_end, key_begin, key_end;
 };
 
 struct Kernels {
@@ -90,7 +128,7 @@ struct Kernels {
 
     int64_t (*decode_scratch)(const Forward&, int64_t rows);
     // Few rows: head_dim lies across the lanes. With `partial`, writes per row the maximum (base 2), the sum and
-    // the unscaled output, head_dim + 2 floats, for `merge`; else out and lse.
+    // the unscaled output, value_dim + 2 floats, for `merge`; else out and lse.
     void (*decode)(const Forward&, const Task&, float* scratch, float* partial);
     // Rows of `task` from `count` partial results, `partial_stride` floats apart.
     void (*merge)(const Forward&, const Task& task, const float* partials, int64_t count, int64_t partial_stride);

@@ -14,6 +14,7 @@
 #include "mask.h"
 #include "memory.h"
 #include "panel.h"
+#include "score_terms.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -26,6 +27,7 @@ class Prefill {
         maximum = arena.take(panels_of(task) * kPanel);
         total = arena.take(panels_of(task) * kPanel);
         scores = arena.take(Products::kBlock * kPanel);
+        if (p.has_terms()) terms = arena.take(kLanes * kTermStride);
     }
 
     void run() {
@@ -44,15 +46,19 @@ class Prefill {
         }
     }
 
-    // What `sum` found for a row of the task: the maximum of its scores, in base 2, and the sum of 2^(score - maximum).
-    float maximum_of(int64_t row) const { return maximum[row - task.row_begin]; }
-    float total_of(int64_t row) const { return total[row - task.row_begin]; }
+    // What `sum` found for a row of the task.
+    Softmax softmax_of(int64_t row) const {
+        return with_sink(p, task, row, maximum[row - task.row_begin], total[row - task.row_begin]);
+    }
 
   private:
     const Forward& p;
     const Task& task;
     Products products;
-    float *out, *maximum, *total, *scores;
+    float *out, *maximum, *total, *scores, *terms = nullptr;
+
+    // From one row's terms to the next, an odd number of vectors, which spreads rows over all sets of a cache.
+    static constexpr int64_t kTermStride = Products::kBlock + (Products::kBlock / kLanes % 2 ? 2 : 1) * kLanes;
 
     float* out_panel(int64_t panel) const { return out + panel * Products::out_rows(p) * kPanel; }
 
@@ -65,13 +71,17 @@ class Prefill {
 
     void add_block(int64_t panel, int64_t block_begin, int64_t block_end) {
         const PanelRows rows(task, panel);
-        const KeyRange first = allowed_keys(p, rows.begin / p.group());
-        const KeyRange last = allowed_keys(p, (rows.end - 1) / p.group());
-        const int64_t begin = std::max(block_begin, first.begin), end = std::min(block_end, last.end);
+        const KeyRange first = allowed_keys(p, task.sequence, rows.begin / p.group());
+        const KeyRange last = allowed_keys(p, task.sequence, (rows.end - 1) / p.group());
+        const auto [begin, end] =
+            allowed_by_mask(p, task, std::max(block_begin, first.begin), std::min(block_end, last.end));
         if (begin >= end) return;
         products.score(panel, begin, end, scores);
         if (!Products::kScoresAreScaled) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
+        if (p.has_terms()) {
+            for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
+        }
         // Rows of a panel see the same keys of this block, but where a window's edge passes.
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);
         Float decay[kPanelVectors];
@@ -88,12 +98,32 @@ class Prefill {
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, capped(p, load(scores + i)));
     }
 
+    void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end) {
+        const int64_t first = rows.begin + half * kLanes, last = std::min<int64_t>(first + kLanes, rows.end);
+        for (int64_t row = first; row < last; ++row) {
+            float* const of_row = terms + (row - first) * kTermStride;
+            std::fill_n(of_row, end - begin, 0.0f);
+            add_terms(p, task, row, begin, end, of_row);
+        }
+        const auto lanes =
+            lanes_of<float>(first, last, [&](int64_t row) { return terms + (row - first) * kTermStride; });
+        for_each_vector(end - begin, [&](int64_t k, auto count, int) {
+            Float block[kLanes];
+            lanes.load_transposed(k, count, block);
+            const int64_t keys = std::min<int64_t>(kLanes, end - begin - k);
+            for (int64_t i = 0; i < keys; ++i) {
+                float* at = scores + (k + i) * kPanel + half * kLanes;
+                store(at, load(at) + block[i]);
+            }
+        });
+    }
+
     void mask_scores(PanelRows rows, int64_t begin, int64_t end) {
         for (int half = 0; half < kPanelVectors; ++half) {
             Int first, last;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const int64_t row = std::min(rows.begin + half * kLanes + lane, rows.end - 1);
-                const KeyRange allowed = allowed_keys(p, row / p.group());
+                const KeyRange allowed = allowed_keys(p, task.sequence, row / p.group());
                 first[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.begin - begin, 0, Products::kBlock));
                 last[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.end - begin, 0, Products::kBlock));
             }
@@ -143,22 +173,23 @@ class Prefill {
             const int64_t row = panel_rows.begin + half * kLanes;
             const int64_t rows = std::min<int64_t>(kLanes, panel_rows.end - row);
             if (rows <= 0) return;
-            const float* row_maximum = maximum + panel * kPanel + half * kLanes;
-            const float* row_total = total + panel * kPanel + half * kLanes;
-            const Float sums = load(row_total);
-            const Float inverse = select(sums == 0.0f, Float{}, 1.0f / sums);
+            Float inverse = {};
+            for (int64_t r = 0; r < rows; ++r) {
+                const Softmax softmax = softmax_of(row + r);
+                inverse[r] = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
+                write_lse(p, task, row + r, softmax.maximum, softmax.total);
+            }
             const float* from = out_panel(panel) + half * kLanes;
             T* to[kLanes];
             for (int64_t r = 0; r < rows; ++r) to[r] = out_row<T>(p, task, row + r);
-            for_each_vector(p.head_dim, [&](int64_t d, auto lanes, int) {
+            for_each_vector(p.value_dim, [&](int64_t d, auto lanes, int) {
                 Float block[kLanes];
                 for (int64_t i = 0; i < kLanes; ++i) {
-                    block[i] = d + i < p.head_dim ? load(from + (d + i) * kPanel) * inverse : Float{};
+                    block[i] = d + i < p.value_dim ? load(from + (d + i) * kPanel) * inverse : Float{};
                 }
                 transpose(block);
                 for (int64_t r = 0; r < rows; ++r) store(to[r] + d, block[r], lanes);
             });
-            for (int64_t r = 0; r < rows; ++r) write_lse(p, task, row + r, row_maximum[r], row_total[r]);
         }
     }
 };

@@ -22,13 +22,14 @@ inline RowPlace place_of(const Call& p, const Task& task, int64_t row) {
 template <class T>
 T* row_in(T* tensor, const Strides& strides, const Call& p, const Task& task, int64_t row) {
     const auto [position, head] = place_of(p, task, row);
-    return tensor + task.batch * strides.batch + head * strides.head + position * strides.position;
+    return tensor + task.sequence.batch * strides.batch + head * strides.head +
+           (task.sequence.query_begin + position) * strides.position;
 }
 
 // The row's number in a contiguous (batch, heads, query length).
 inline int64_t number_of(const Call& p, const Task& task, int64_t row) {
     const auto [position, head] = place_of(p, task, row);
-    return (task.batch * p.heads + head) * p.query_length + position;
+    return (task.sequence.batch * p.heads + head) * p.query_length + task.sequence.query_begin + position;
 }
 
 template <class T>
@@ -44,7 +45,8 @@ T* out_row(const Forward& p, const Task& task, int64_t row) {
 // The task's rows in a tensor of key's shape, which begin strides.position apart.
 template <class T>
 T* rows_in(T* tensor, const Strides& strides, const Task& task) {
-    return tensor + task.batch * strides.batch + task.key_head * strides.head;
+    return tensor + task.sequence.batch * strides.batch + task.key_head * strides.head +
+           task.sequence.key_begin * strides.position;
 }
 
 template <class T>

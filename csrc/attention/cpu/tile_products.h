@@ -28,12 +28,12 @@ class TileProducts {
     TileProducts(const Forward& parameters, const Task& this_task, Arena& arena) : p(parameters), task(this_task) {
         query = arena.take<bfloat16>(panels_of(task) * kPanel * padded_dim(p));
         key = arena.take<bfloat16>((kBlock + kStep) * padded_dim(p));
-        value = arena.take<bfloat16>(kBlock * padded_dim(p));
+        value = arena.take<bfloat16>(kBlock * padded_value_dim(p));
         pairs = arena.take<bfloat16>(kBlock * kPanel);
         static_assert(kPanel == kStep && kPanelVectors == 2 && kBlock % kStep == 0);
     }
 
-    static int64_t out_rows(const Forward& p) { return padded_dim(p); }
+    static int64_t out_rows(const Forward& p) { return padded_value_dim(p); }
 
     // Per half panel and kTileDepth dimensions, a right factor: pairs (d, d + 1) x 16 queries.
     void load_queries(int64_t panel) {
@@ -83,7 +83,7 @@ class TileProducts {
         pair_weights(begin - block_begin, last, weights);
         scale(decay, out);
         finish_stores();
-        for (int64_t d = 0; d < padded_dim(p); d += kStep) {
+        for (int64_t d = 0; d < padded_value_dim(p); d += kStep) {
             float* sums = out + d * kPanel;
             load_all_sums(sums);
             for (int64_t k = first; k < last; k += kStep) {
@@ -108,7 +108,9 @@ class TileProducts {
     bfloat16 *query, *key, *value, *pairs;
     int64_t block_begin = 0, block_keys = 0;
 
-    static int64_t padded_dim(const Forward& p) { return (p.head_dim + kTileDepth - 1) / kTileDepth * kTileDepth; }
+    static int64_t padded(int64_t dim) { return (dim + kTileDepth - 1) / kTileDepth * kTileDepth; }
+    static int64_t padded_dim(const Forward& p) { return padded(p.head_dim); }
+    static int64_t padded_value_dim(const Forward& p) { return padded(p.value_dim); }
 
     bfloat16* query_factor(int64_t panel, int half, int64_t d) const {
         return query + ((panel * kPanelVectors + half) * (padded_dim(p) / kTileDepth) + d / kTileDepth) * kFactor;
@@ -158,7 +160,7 @@ class TileProducts {
     void pack_values() {
         const bfloat16* from = value_rows<bfloat16>(p, task) + block_begin * p.value_strides.position;
         for (int64_t k = 0; k < block_keys; k += kTileDepth) {
-            for (int64_t d = 0; d < padded_dim(p); d += kTileRows) {
+            for (int64_t d = 0; d < padded_value_dim(p); d += kTileRows) {
                 Float block[kLanes];
                 for (int64_t row = 0; row < kLanes; ++row) {
                     const int64_t first = k + 2 * row;
@@ -173,9 +175,9 @@ class TileProducts {
 
     Short value_bits(const bfloat16* from, int64_t k, int64_t d) const {
         Short bits = {};
-        if (k < block_keys && d < p.head_dim) {
+        if (k < block_keys && d < p.value_dim) {
             std::memcpy(&bits, from + k * p.value_strides.position + d,
-                        std::min<int64_t>(kLanes, p.head_dim - d) * sizeof(bfloat16));
+                        std::min<int64_t>(kLanes, p.value_dim - d) * sizeof(bfloat16));
         }
         return bits;
     }
@@ -200,7 +202,7 @@ class TileProducts {
         Float change = {};
         for (const Float& each : decay) change += select(each == 1.0f, Float{}, broadcast(1.0f));
         if (sum(change) == 0.0f) return;
-        for (int64_t i = 0; i < padded_dim(p) * kPanel; i += kPanel) {
+        for (int64_t i = 0; i < padded_value_dim(p) * kPanel; i += kPanel) {
             for (int half = 0; half < kPanelVectors; ++half) {
                 float* at = out + i + half * kLanes;
                 store(at, load(at) * decay[half]);

@@ -99,7 +99,7 @@ class VectorProducts : public VectorScores<T> {
         // Packing a tile's last key writes up to a vector past it.
         : VectorScores<T>(parameters, this_task, arena), value(arena.take(tiles() * (kBlock * kTile + kLanes))) {}
 
-    static int64_t out_rows(const Forward& p) { return p.head_dim; }
+    static int64_t out_rows(const Forward& p) { return p.value_dim; }
 
     void load_block(int64_t begin, int64_t end) {
         VectorScores<T>::load_block(begin, end);
@@ -111,7 +111,7 @@ class VectorProducts : public VectorScores<T> {
     void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
         for (int64_t tile = 0; tile < tiles(); ++tile) {
             const float* from = value_tile(tile) + (begin - block_begin) * kTile;
-            with_count(std::min<int64_t>(kTile, p.head_dim - tile * kTile), [&](auto dims) {
+            with_count(std::min<int64_t>(kTile, p.value_dim - tile * kTile), [&](auto dims) {
                 multiply_tile<dims>(ColumnWise{from, kTile}, weights, kPanel, end - begin, out + tile * kTile * kPanel,
                                     kPanel,
                                     [&](Float before, Float sums, int half) { return before * decay[half] + sums; });
@@ -126,20 +126,20 @@ class VectorProducts : public VectorScores<T> {
     using VectorScores<T>::block_keys;
     float* const value;
 
-    int64_t tiles() const { return (p.head_dim + kTile - 1) / kTile; }
+    int64_t tiles() const { return (p.value_dim + kTile - 1) / kTile; }
     float* value_tile(int64_t tile) const { return value + tile * (block_keys * kTile + kLanes); }
 
     // value as tiles of kTile columns, each tile key after key, so that one stream is read.
     void pack_values() {
         const T* from = value_rows<T>(p, task) + block_begin * p.value_strides.position;
         const int64_t tile_stride = value_tile(1) - value_tile(0);
-        const int64_t whole = p.head_dim >= kStored ? (p.head_dim - kStored) / kTile + 1 : 0;
+        const int64_t whole = p.value_dim >= kStored ? (p.value_dim - kStored) / kTile + 1 : 0;
         for (int64_t k = 0; k < block_keys; ++k, from += p.value_strides.position) {
             float* to = value + k * kTile;
             for (int64_t tile = 0; tile < whole; ++tile)
                 pack_tile(from + tile * kTile, to + tile * tile_stride, kStored);
             for (int64_t tile = whole; tile < tiles(); ++tile) {
-                pack_tile(from + tile * kTile, to + tile * tile_stride, p.head_dim - tile * kTile);
+                pack_tile(from + tile * kTile, to + tile * tile_stride, p.value_dim - tile * kTile);
             }
         }
     }

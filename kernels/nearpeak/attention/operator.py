@@ -9,7 +9,7 @@ import math
 import torch
 
 from .. import backends, operators
-from ..checks import check_dense_last, check_floating, check_same, check_same_kind
+from ..checks import check_dense_last, check_float_of, check_floating, check_same_kind
 from . import reference
 
 if backends.missing("triton") is None:
@@ -17,51 +17,110 @@ if backends.missing("triton") is None:
 else:
     triton_kernels = None
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576
 OPEN = (None, None)
 
 
-def _shapes(query, key, value, window_left, window_right, scale, softcap):
+def _shapes(query, key, value, *options):
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     return operators.empty_laid_out_like(query, value.shape[-1]), lse
 
 
+def _backward_shapes(
+    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+):  # fmt: skip
+    d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
+    return *(operators.empty_laid_out_like(t) for t in (query, key, value)), d_bias
+
+
 def _save_for_attention(ctx, inputs, output):
-    query, key, value, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, *output)
+    tensors, ctx.options, terms = inputs[:3], inputs[3:7], inputs[7:]
+    ctx.save_for_backward(*tensors, *output, *terms)
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradient(ctx, grad_out, grad_lse):
-    query, key, value, out, lse = ctx.saved_tensors
+    query, key, value, out, lse, *terms = ctx.saved_tensors
+    _, bias, _, sinks, *_ = terms
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = torch.ops.nearpeak.attention_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
-    return *gradients, None, None, None, None
+    # The dispatcher drops trailing arguments that have their default.
+    of_bias = bias is not None and ctx.needs_input_grad[8]
+    of_sinks = sinks is not None and ctx.needs_input_grad[10]
+    *gradients, d_bias = torch.ops.nearpeak.attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, *ctx.options, *terms, of_bias
+    )
+    d_sinks = reference.sinks_gradient(grad_out, grad_lse, out, lse, sinks) if of_sinks else None
+    return *gradients, *[None] * 5, d_bias if of_bias else None, None, d_sinks, None, None, None
 
 
-def _check(query, key, value):
+def _check(
+    query, key, value, mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
     check_floating("query", query)
     check_same_kind("key", key, "query", query)
     check_same_kind("value", value, "query", query)
-    query_shape, key_shape = query.shape, key.shape
-    for name, shape in (("query", query_shape), ("key", key_shape)):
-        if len(shape) != 4:
-            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(shape)}")
-    if value.shape != key_shape:
-        raise ValueError(f"value must have key's shape {tuple(key_shape)}, not {tuple(value.shape)}")
-    batch, heads, _, head_dim = query_shape
-    key_batch, key_heads, _, key_dim = key_shape
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, sequence, head_dim), not shape {tuple(tensor.shape)}")
+        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim of 1 to {MAX_HEAD_DIM}, not {tensor.shape[3]}")
+    batch, heads, _, head_dim = query.shape
+    key_batch, key_heads, _, key_dim = key.shape
     if key_batch != batch or key_dim != head_dim:
-        raise ValueError(f"key must have query's batch {batch} and head_dim {head_dim}, not shape {tuple(key_shape)}")
+        raise ValueError(f"key must have query's batch {batch} and head_dim {head_dim}, not shape {tuple(key.shape)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value must have key's shape {tuple(key.shape)} but for head_dim, not {tuple(value.shape)}")
     if (key_heads == 0 and heads > 0) or (key_heads > 0 and heads % key_heads):
         raise ValueError(f"key must have a number of heads that divides query's {heads}, not {key_heads}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, not {head_dim}")
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         check_dense_last("query", query)
         check_dense_last("key", key)
         check_dense_last("value", value)
+    _check_terms(query, key, mask, bias, alibi_slopes, sinks)
+    for name, bounds in (("query_starts", query_starts), ("key_starts", key_starts), ("key_ends", key_ends)):
+        if bounds is not None:
+            _check_bounds(name, bounds, query)
+    if query_starts is not None and key_starts is None:
+        raise ValueError("key_starts must be given beside query_starts")
+
+
+def _check_bounds(name, bounds, query):
+    if not isinstance(bounds, torch.Tensor) or bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be a tensor of int32 or int64")
+    if bounds.dim() != 1 or bounds.device != query.device:
+        raise ValueError(f"{name} must have one dimension, and query's device {query.device}")
+
+
+def _check_terms(query, key, mask, bias, alibi_slopes, sinks):
+    batch, heads = query.shape[:2]
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool:
+            raise TypeError("mask must be a boolean tensor, True where a query may look at a key")
+        _check_pairs("mask", mask, query, key)
+    if bias is not None:
+        check_float_of("bias", bias, query)
+        _check_pairs("bias", bias, query, key)
+    if alibi_slopes is not None:
+        check_float_of("alibi_slopes", alibi_slopes, query)
+        if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(
+                f"alibi_slopes must have the shape ({heads},) or ({batch}, {heads}), not {tuple(alibi_slopes.shape)}"
+            )
+    if sinks is not None:
+        check_float_of("sinks", sinks, query)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must have the shape ({heads},), not {tuple(sinks.shape)}")
+
+
+def _check_pairs(name, tensor, query, key):
+    full = (*query.shape[:3], key.shape[2])
+    fits = tensor.dim() == 4 and all(size in (1, whole) for size, whole in zip(tensor.shape, full, strict=True))
+    if not fits or tensor.device != query.device:
+        raise ValueError(f"{name} must broadcast to {full} on {query.device}, not {tuple(tensor.shape)}")
 
 
 def _check_window(window):
@@ -77,23 +136,43 @@ def _check_softcap(softcap):
         raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
 
 
-def _check_forward(query, key, value, window_left, window_right, scale, softcap):
-    _check(query, key, value)
+def _check_forward(
+    query, key, value, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
+    for name, tensor in (("mask", mask), ("bias", bias)):
+        if tensor is not None and tensor.shape[3] != key.shape[2]:
+            raise ValueError(f"{name} must hold an element per key, {key.shape[2]}, not {tensor.shape[3]}")
     _check_softcap(softcap)
 
 
-def _check_backward(grad_out, grad_lse, query, key, value, out, lse, *options):
-    _check_forward(query, key, value, *options)
-    check_same("out", out, "query", query, "shape", "dtype", "device")
-    check_same("grad_out", grad_out, "query", query, "shape", "dtype", "device")
+def _check_backward(
+    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+):  # fmt: skip
+    terms = mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends
+    _check_forward(query, key, value, window_left, window_right, scale, softcap, *terms)
+    if bias_gradient and bias is None:
+        raise ValueError("bias must be given where its gradient is asked for")
+    for name, tensor in (("out", out), ("grad_out", grad_out)):
+        check_same_kind(name, tensor, "query", query)
+        if tensor.shape != (*query.shape[:3], value.shape[3]):
+            raise ValueError(f"{name} must have query's shape with value's head_dim, not {tuple(tensor.shape)}")
     for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
         if tensor is not None and (tensor.shape != query.shape[:3] or tensor.device != query.device):
             raise ValueError(f"{name} must have query's shape without head_dim, and its device")
 
 
+OPTIONS = (
+    "SymInt? window_left, SymInt? window_right, float scale, float? softcap, "
+    "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+    "Tensor? query_starts=None, Tensor? key_starts=None, Tensor? key_ends=None"
+)
+
 operators.define(
-    "attention(Tensor query, Tensor key, Tensor value, SymInt? window_left, SymInt? window_right, float scale, "
-    "float? softcap) -> (Tensor, Tensor)",
+    f"attention(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor)",
     check=_check_forward,
     reference=reference.attention,
     shapes=_shapes,
@@ -103,12 +182,10 @@ operators.define(
 )
 operators.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, SymInt? window_left, SymInt? window_right, float scale, float? softcap) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, {OPTIONS}, bool bias_gradient=False) -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check_backward,
     reference=reference.attention_backward,
-    shapes=lambda grad_out, grad_lse, query, key, value, *rest: tuple(
-        operators.empty_laid_out_like(t) for t in (query, key, value)
-    ),
+    shapes=_backward_shapes,
 )
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.
@@ -116,38 +193,69 @@ _attention = torch.ops.nearpeak.attention.default
 _attention_inference = torch.ops.nearpeak.attention_inference.default
 
 
-def attention(query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None, return_lse=False):
+def of_all_keys(pairs, key):
+    """A mask or bias in four dimensions, the last of them whole."""
+    if not isinstance(pairs, torch.Tensor) or pairs.dim() > 4:
+        return pairs
+    pairs = pairs[(None,) * (4 - pairs.dim())]
+    return pairs if pairs.shape[3] != 1 else pairs.expand(*pairs.shape[:3], key.shape[2])
+
+
+def attention(
+    query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None,
+    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None, return_lse=False,
+):  # fmt: skip
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
 
         scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)
-        out    = exp(scores - lse) value,   lse = log(sum(exp(scores)))
+        scores = scores + bias - alibi_slope |p - k|, and -inf where a mask forbids
+        out    = exp(scores - lse) value,   lse = log(exp(sink) + sum(exp(scores)))
 
     Row i of query stands at position p = i + (key length - query length), so that the last query sees the last
-    key, as a KV cache needs. A row that may look at no key gives zeros and lse = -inf.
+    key, as a KV cache needs. A row that may look at no key gives zeros and lse = -inf (its sink, if there is one).
 
     Args:
-        query: (batch, heads, query length, head_dim), float32, bfloat16, float16 or float64; head_dim 1..256; any
+        query: (batch, heads, query length, head_dim), float32, bfloat16, float16 or float64; head_dim 1..576; any
             strides with a dense last dimension, and `out` is laid out in memory as query is.
-        key, value: (batch, key heads, key length, head_dim), query's dtype. key heads must divide query's heads
+        key: (batch, key heads, key length, head_dim), query's dtype. key heads must divide query's heads
             (grouped-query attention): query head h reads key head h // (heads / key heads).
+        value: key's shape, but with a head_dim of its own if need be, which is then that of `out`.
         causal: only keys at positions <= p.
         window: (left, right), only keys at p - left .. p + right; None leaves a side open.
         scale: None means 1 / sqrt(head_dim).
         softcap: None for none.
+        mask: boolean, True where a query may look at a key; broadcasts to (batch, heads, query length, key length).
+        bias: added to the scores; broadcasts likewise. query's dtype, or float32. It gets a gradient.
+        alibi_slopes: (heads,) or (batch, heads), the slope of each head; query's dtype, or float32. No gradient.
+        sinks: (heads,), the score of one more key per head, whose value is zero. It gets a gradient.
+        query_starts, key_starts: (sequences + 1,) int32 or int64, where each sequence of a packed batch begins, and
+            where the last one ends: sequences of different lengths lie one behind the other, in a batch of 1, and
+            none looks at another. Positions count within a sequence. query_starts begins with 0 and ends with the
+            query length. Known as cu_seqlens elsewhere.
+        key_starts, key_ends: without query_starts, (batch,), of each batch entry the keys that there are, as in a
+            padded batch or a cache that is not full. With query_starts, key_ends (sequences,) says where each
+            sequence's keys end if not where the next one's begin.
         return_lse: also return lse.
 
     Returns:
-        out, query's shape and dtype; or with `return_lse` the pair (out, lse), lse being the natural logarithm in
-        float32 (float64 for float64), of shape (batch, heads, query length). Gradients flow through both.
+        out, query's shape (with value's head_dim) and dtype; or with `return_lse` the pair (out, lse), lse being the
+        natural logarithm in float32 (float64 for float64), of shape (batch, heads, query length). Gradients flow
+        through both.
 
     Raises:
         TypeError: a dtype that is not served. ValueError: a shape, device, stride or option that does not fit.
 
     Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; online softmax: Milakov and Gimelshein 2018,
-    https://arxiv.org/abs/1805.02867; tiling: Dao 2023, https://arxiv.org/abs/2307.08691.
+    https://arxiv.org/abs/1805.02867; tiling: Dao 2023, https://arxiv.org/abs/2307.08691; ALiBi: Press et al. 2021,
+    https://arxiv.org/abs/2108.12409; sinks: Xiao et al. 2023, https://arxiv.org/abs/2309.17453.
 
     >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 100, 64)
     >>> out, lse = nearpeak.attention(query, key, key, causal=True, window=(64, None), return_lse=True)
+    >>> starts = torch.tensor([0, 30, 100])  # two sequences of 30 and 70 keys, of which 3 and 7 are queries
+    >>> out = nearpeak.attention(query, key, key, query_starts=torch.tensor([0, 3, 10]), key_starts=starts)
+    >>> padding = torch.arange(100) < torch.tensor([90])[:, None]  # (batch, key length), True for tokens
+    >>> out = nearpeak.attention(query, key, key, mask=padding[:, None, None], bias=torch.randn(8, 10, 100))
     """
     if window is not OPEN:
         _check_window(window)
@@ -159,15 +267,23 @@ def attention(query, key, value, *, causal=False, window=OPEN, scale=None, softc
     try:
         if scale is None:
             scale = 1.0 / math.sqrt(query.shape[-1])
+        if mask is not None:
+            mask = of_all_keys(mask, key)
+        if bias is not None:
+            bias = of_all_keys(bias, key)
         if backends.reference_serves(query, kernels=backends.WITHOUT_CUDA):
-            _check(query, key, value)
+            _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
             serve = reference.attention
-        elif operators.wants_gradient(query, key, value):
+        elif operators.wants_gradient(query, key, value, bias, sinks):
             serve = _attention
         else:
             serve = _attention_inference
-        out, lse = serve(query, key, value, left, right, scale, softcap)
+        out, lse = serve(
+            query, key, value, left, right, scale, softcap,
+            mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends,
+        )  # fmt: skip
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError):
-        _check(query, key, value)
+        _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
+        reference.sequences(query, key, query_starts, key_starts, key_ends)
         raise
     return (out, lse) if return_lse else out

@@ -2,14 +2,17 @@
 
     scores = scale * query key^T                    (query head h reads key head h // (query heads / key heads))
     scores = softcap * tanh(scores / softcap)       (with a softcap)
-    scores = -inf where the mask forbids            (bottom-right causal, sliding window)
-    lse    = log(sum(exp(scores)))
+    scores = scores + bias                          (with an additive bias)
+    scores = scores - slope |p - k|                 (with ALiBi: a slope per head, p and k the positions)
+    scores = -inf where a mask forbids              (bottom-right causal, sliding window, boolean mask)
+    lse    = log(exp(sink) + sum(exp(scores)))      (a learned sink per head; without, the sum alone)
     out    = exp(scores - lse) value
 
 Row i of query stands at position p = i + (key length - query length), so that the last query sees the last key;
 it may look at keys p - window_left .. p + window_right (causal: window_right = 0). A row that may look at no key
-gives zeros and lse = -inf. Arithmetic in float32 (float64 for float64), rounded once at the end.
-Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; GQA: https://arxiv.org/abs/2305.13245.
+gives zeros and lse = -inf (its sink, if there is one). Arithmetic in float32 (float64 for float64), rounded once at the
+end. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; GQA: https://arxiv.org/abs/2305.13245; ALiBi:
+https://arxiv.org/abs/2108.12409; sinks: https://arxiv.org/abs/2309.17453.
 """
 
 import contextlib
@@ -19,11 +22,15 @@ import torch
 from ..operators import empty_laid_out_like, widened
 
 
+def distances(query_length, key_length, device):
+    """(query_length, key_length): how far each key lies behind (negative) or ahead of each query's position."""
+    positions = torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
+    return torch.arange(key_length, device=device) - positions
+
+
 def allowed(query_length, key_length, window_left, window_right, device):
     """The (query_length, key_length) mask: True where a query may look at a key."""
-    distance = torch.arange(key_length, device=device) - (
-        torch.arange(query_length, device=device)[:, None] + (key_length - query_length)
-    )
+    distance = distances(query_length, key_length, device)
     mask = torch.ones_like(distance, dtype=torch.bool)
     if window_left is not None:
         mask &= distance >= -window_left
@@ -37,17 +44,30 @@ def _scaled_products(query, key, scale):
     return scale * torch.einsum("bhgqd,bhgkd->bhgqk", query, key)
 
 
-def _scores(products, window_left, window_right, softcap):
-    """The products capped and masked."""
+def _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes):
+    """The products capped, biased and masked."""
+    lengths, device = products.shape[-2:], products.device
     scores = products if softcap is None else softcap * torch.tanh(products / softcap)
-    mask = allowed(*products.shape[-2:], window_left, window_right, products.device)
-    return scores.masked_fill(~mask, float("-inf"))
+    if bias is not None:
+        scores = scores + _of_pairs(bias, scores).to(scores.dtype)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype).reshape(-1, *products.shape[1:3], 1, 1)
+        scores = scores - slopes * distances(*lengths, device).abs()
+    forbidden = ~allowed(*lengths, window_left, window_right, device)
+    if mask is not None:
+        forbidden = forbidden | ~_of_pairs(mask, scores)
+    return scores.masked_fill(forbidden, float("-inf"))
 
 
-def _probabilities(scores):
-    """exp(scores - lse), zeros where a row may look at no key; as softmax, which errs 1.3 times less in float32."""
+def _softmax(scores, sinks):
+    """exp(scores - lse), zeros where a row may look at no key, and lse. torch's softmax errs 1.3 times less."""
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        probabilities, lse = _softmax(torch.cat((scores, column), dim=-1), None)
+        return probabilities[..., :-1], lse
     no_key = (scores == float("-inf")).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
+    probabilities = torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
+    return probabilities, torch.logsumexp(scores, dim=-1)
 
 
 def _exact(device):
@@ -61,6 +81,11 @@ def _grouped(tensor, key_heads):
     return tensor.unflatten(1, (key_heads, tensor.shape[1] // max(1, key_heads)))
 
 
+def _of_pairs(tensor, scores):
+    """A mask or bias that broadcasts against (batch, heads, query length, key length), to broadcast against scores."""
+    return tensor.unsqueeze(2) if tensor.shape[1] == 1 else _grouped(tensor, scores.shape[1])
+
+
 def _shared(tensor, group):
     """(batch, key heads, ...) for each head of the group, so that its gradient is summed over queries first.
 
@@ -69,32 +94,118 @@ def _shared(tensor, group):
     return tensor.unsqueeze(2).expand(-1, -1, group, -1, -1)
 
 
-def attention(query, key, value, window_left, window_right, scale, softcap):
+def sequences(query, key, query_starts, key_starts, key_ends):
+    """(batch, queries, keys) of each sequence, the last two slices; ValueError where the bounds do not fit."""
+    packed = query_starts is not None
+    starts = query_starts.tolist() if packed else None
+    count = len(starts) - 1 if packed else query.shape[0]
+    begins = [0] * count if key_starts is None else key_starts.tolist()
+    whole = begins[1:] if packed else [key.shape[2]] * count
+    ends = whole if key_ends is None else key_ends.tolist()
+    if packed and (
+        query.shape[0] != 1 or not starts or starts[0] != 0 or starts[-1] != query.shape[2] or starts != sorted(starts)
+    ):
+        raise ValueError(
+            f"query_starts must rise from 0 to query's length {query.shape[2]} in a batch of 1, not {query_starts}"
+        )
+    if len(begins) != count + packed or len(ends) != count:
+        raise ValueError(
+            f"key_starts and key_ends must fit {count} sequences, not {len(begins)} and {len(ends)} numbers"
+        )
+    if not all(0 <= begin <= end <= key.shape[2] for begin, end in zip(begins, ends, strict=False)):
+        raise ValueError(f"key_starts and key_ends must lie within 0..{key.shape[2]}, starts before ends")
+    parts = []
+    for index in range(count):
+        queries = slice(starts[index], starts[index + 1]) if packed else slice(None)
+        parts.append((0 if packed else index, queries, slice(begins[index], ends[index])))
+    return parts
+
+
+def _part(tensor, batch, *slices):
+    """Of a tensor whose sizes of 1 broadcast, the part of one sequence."""
+    if tensor is None:
+        return None
+    tensor = tensor[batch : batch + 1] if tensor.shape[0] > 1 else tensor
+    for dim, part in zip((2, 3), slices, strict=False):
+        tensor = tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
+    return tensor
+
+
+def _options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks):
+    """The last options of `attention` for one sequence."""
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+        alibi_slopes = alibi_slopes[batch : batch + 1]
+    return _part(mask, batch, queries, keys), _part(bias, batch, queries, keys), alibi_slopes, sinks
+
+
+def attention(
+    query, key, value, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    if query_starts is not None or key_starts is not None or key_ends is not None:
+        results = [
+            attention(
+                _part(query, batch, queries), _part(key, batch, keys), _part(value, batch, keys),
+                window_left, window_right, scale, softcap,
+                *_options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks),
+            )
+            for batch, queries, keys in sequences(query, key, query_starts, key_starts, key_ends)
+        ]  # fmt: skip
+        empty = query.new_empty(*query.shape[:-1], 0).sum(-1)
+        dim = 0 if query_starts is None else 2
+        outs, lses = zip(*results, strict=True) if results else ((query[..., :0],), (empty,))
+        out = torch.cat(outs, dim)
+        return empty_laid_out_like(query, value.shape[-1]).copy_(out), torch.cat(lses, dim)
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     with _exact(query.device):
-        scores = _scores(_scaled_products(q, k, scale), window_left, window_right, softcap)
-        lse = torch.logsumexp(scores, dim=-1)
-        out = torch.einsum("bhgqk,bhgkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
+        products = _scaled_products(q, k, scale)
+        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
+        probabilities, lse = _softmax(scores, sinks)
+        out = torch.einsum("bhgqk,bhgkd->bhgqd", probabilities, v).flatten(1, 2)
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
 
 
-def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap):
+def attention_backward(
+    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+):  # fmt: skip
     """Gradients of `attention`, recomputing the probabilities.
 
         P   = exp(scores - lse)                            dV = P^T dOut
-        dP  = dOut V^T                                     dS = P (dP - rowsum(P dP) + dlse)
+        dP  = dOut V^T                                     dS = P (dP - rowsum(P dP) + dlse),  dbias = dS
         dS  = dS (1 - tanh(scores / softcap)^2)            dQ = scale dS K,  dK = scale dS^T Q
 
     `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
+    The last result is empty where `bias_gradient` does not ask for it.
     """
+    options = window_left, window_right, scale, softcap
+    if query_starts is not None or key_starts is not None or key_ends is not None:
+        gradients = [torch.zeros_like(widened(tensor)) for tensor in (query, key, value)]
+        d_bias = torch.zeros_like(widened(bias)) if bias_gradient else query.new_empty(0)
+        for batch, queries, keys in sequences(query, key, query_starts, key_starts, key_ends):
+            of_out = [_part(tensor, batch, queries) for tensor in (grad_out, grad_lse, query)]
+            of_keys = [_part(tensor, batch, keys) for tensor in (key, value)]
+            *parts, of_bias = attention_backward(
+                *of_out, *of_keys, _part(out, batch, queries), _part(lse, batch, queries), *options,
+                *_options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks), bias_gradient=bias_gradient,
+            )  # fmt: skip
+            for gradient, part, slices in zip(gradients, parts, (queries, keys, keys), strict=True):
+                gradient[batch : batch + 1, :, slices] += part
+            if bias_gradient:
+                _part(d_bias, batch, queries, keys).add_(of_bias)
+        pairs = zip((query, key, value), gradients, strict=True)
+        d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
+        return *(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in pairs), d_bias
     heads = key.shape[1]
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     d_out = _grouped(widened(grad_out), heads)
     with _exact(query.device):
         products = _scaled_products(q, k, scale)
-        probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
+        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
+        probabilities, _ = _softmax(scores, sinks)
         # Summed over queries first: see _shared.
         d_value = torch.einsum("bhgqk,bhgqd->bhgkd", probabilities, d_out).sum(2)
         d_scores = torch.einsum("bhgqd,bhgkd->bhgqk", d_out, v)
@@ -102,9 +213,22 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
         if grad_lse is not None:
             d_scores = d_scores + _grouped(grad_lse, heads)[..., None]
         d_scores = probabilities * d_scores
+        d_bias = d_scores.flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype) if bias_gradient else query.new_empty(0)
         if softcap is not None:
             d_scores = d_scores * (1 - torch.tanh(products / softcap).square())
         d_query = scale * torch.einsum("bhgqk,bhgkd->bhgqd", d_scores, k).flatten(1, 2)
         d_key = scale * torch.einsum("bhgqk,bhgqd->bhgkd", d_scores, q).sum(2)
     gradients = ((query, d_query), (key, d_key), (value, d_value))
-    return tuple(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients)
+    return *(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients), d_bias
+
+
+def sinks_gradient(grad_out, grad_lse, out, lse, sinks):
+    """The gradient of `attention`'s sinks, each a key whose value is zero: P (dlse - rowsum(dOut out)).
+
+    In float64 where the head_dim is gone: it costs nothing there.
+    """
+    probabilities = torch.exp(sinks.double()[:, None] - lse)
+    d_scores = -(widened(grad_out) * widened(out)).sum(-1, dtype=torch.float64)
+    if grad_lse is not None:
+        d_scores = d_scores + grad_lse
+    return (probabilities * d_scores).sum((0, 2)).to(sinks.dtype)

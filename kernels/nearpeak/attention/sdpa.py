@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .operator import MAX_HEAD_DIM, attention
+from .operator import MAX_HEAD_DIM, OPEN, attention
 
 
 def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
-    if attn_mask is not None:
-        return "attn_mask is given, which the kernels do not read yet"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+        return "attn_mask is neither boolean nor of query's dtype"
     if dropout_p > 0.0:
         return "dropout_p > 0, which the kernels do not apply yet"
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(shape) == len(key_shape) == len(value_shape) == 4:
         return "query, key and value are not all four-dimensional"
-    if value_shape != key_shape:
+    if value_shape[:3] != key_shape[:3]:
         return "value and key differ in shape"
     if shape[0] != key_shape[0] or shape[3] != key_shape[3]:
         return "query and key differ in batch or head_dim"
-    if not 1 <= shape[3] <= MAX_HEAD_DIM:
+    if not (1 <= shape[3] <= MAX_HEAD_DIM and 1 <= value_shape[3] <= MAX_HEAD_DIM):
         return f"head_dim is not 1..{MAX_HEAD_DIM}"
     if shape[1] != key_shape[1] and not enable_gqa:
         return "query and key differ in heads without enable_gqa"
@@ -41,7 +41,8 @@ def scaled_dot_product_attention(
 ):
     """`torch.nn.functional.scaled_dot_product_attention`: its signature, and its meaning to the letter.
 
-    `is_causal` aligns to the top left: query i sees keys 0..i. Calls with a mask, with dropout or in shapes that
+    `is_causal` aligns to the top left: query i sees keys 0..i. A boolean `attn_mask` is True where a query may look
+    at a key; one of query's dtype is added to the scores, and gets a gradient. Calls with dropout or in shapes that
     the kernels do not serve go to PyTorch's own function, and `nearpeak.explain` says so.
 
     >>> query = torch.randn(1, 8, 10, 64)
@@ -54,13 +55,18 @@ def scaled_dot_product_attention(
                 raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        if attn_mask is not None:
+            attn_mask = _autocast(attn_mask)
     why = _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa)
     if why is not None:
         backends.because(f"{why}: torch's scaled_dot_product_attention serves it")
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if not is_causal:
-        return attention(query, key, value, scale=scale)
     # Top-left alignment in attention's bottom-right terms: query i sees keys up to i.
-    return attention(query, key, value, window=(None, query.shape[2] - key.shape[2]), scale=scale)
+    window = (None, query.shape[2] - key.shape[2]) if is_causal else OPEN
+    if attn_mask is None:
+        return attention(query, key, value, window=window, scale=scale)
+    if attn_mask.dtype is torch.bool:
+        return attention(query, key, value, window=window, scale=scale, mask=attn_mask)
+    return attention(query, key, value, window=window, scale=scale, bias=attn_mask)

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import operators, triton_launch
-from . import triton_merge, triton_tiles
+from .. import backends, operators, triton_launch
+from . import reference, triton_merge, triton_tiles
 from .triton_forward import attend
 from .triton_merge import merge
 
@@ -25,7 +25,31 @@ class _Plan(NamedTuple):
     splits: int  # programs that share the keys of one tile
 
 
-def attention(query, key, value, window_left, window_right, scale, softcap):
+MAX_HEAD_DIM = 256
+
+
+def _why_reference(query, value, terms):
+    """Why a call goes to the reference, or None if the kernel serves it."""
+    if query.shape[3] != value.shape[3] or query.shape[3] > MAX_HEAD_DIM:
+        return f"head_dim is over {MAX_HEAD_DIM}, or another than value's"
+    for name, term in terms.items():
+        if term is not None:
+            return f"{name} is given, which the Triton kernel does not read yet"
+    return None
+
+
+def attention(
+    query, key, value, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    terms = {
+        **{"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks},
+        **{"query_starts": query_starts, "key_starts": key_starts, "key_ends": key_ends},
+    }
+    why = _why_reference(query, value, terms)
+    if why is not None:
+        backends.because(f"{why}: plain PyTorch serves it")
+        return reference.attention(query, key, value, window_left, window_right, scale, softcap, **terms)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:

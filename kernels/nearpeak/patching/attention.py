@@ -1,9 +1,14 @@
 """Attention of transformers models, through transformers' own two doors.
 
 A model whose configuration says `_attn_implementation = "nearpeak"` builds its masks with `mask` and calls
-`attention_forward`. `mask` returns None where the kernels can express the mask: no padding, and causal with the
-last query at the last key (any number of cached keys), with or without a sliding window, or full. Else it makes
-the mask, as for PyTorch's SDPA, and `attention_forward` hands the call over to what transformers itself would run.
+`attention_forward`. `mask` makes no more than the kernels need beside the options that they have themselves, which are
+causal with the last query at the last key (any number of cached keys), with or without a sliding window, or full:
+
+    None                            the options say it all
+    (batch, 1, 1, keys)             the options, and a mask of padding, one row for all queries
+    (batch, 1, queries, keys)       the mask says it all, as for PyTorch's SDPA
+
+Of a single query the last two look alike: there, a mask always says it all.
 """
 
 import sys
@@ -42,7 +47,7 @@ def mask(
     config=None,
     **others,
 ):
-    """transformers' mask interface: None where `attention_forward` needs no mask, else the mask for SDPA.
+    """transformers' mask interface: what `attention_forward` needs of the mask, as this module's docstring says.
 
     allow_is_causal_skip, allow_is_bidirectional_skip: set by transformers where `mask_function` is the plain causal
     (or sliding, or chunked) mask, or the full one, with nothing added to it.
@@ -53,8 +58,10 @@ def mask(
         expressed = last_at_last and _is_band(config, kv_offset + kv_length, local_size)
     else:
         expressed = allow_is_bidirectional_skip and (local_size is None or kv_length < local_size)
-    if expressed and not _has_padding(attention_mask, kv_length, kv_offset):
-        return None
+    if expressed:
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        if padding is None or q_length > 1:
+            return padding
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -80,14 +87,15 @@ def _is_band(config, end, local_size) -> bool:
     return local_size == getattr(config, "sliding_window", None) != getattr(config, "attention_chunk_size", None)
 
 
-def _has_padding(attention_mask, kv_length, kv_offset) -> bool:
-    """Whether the keys' padding mask hides any key; True where its values cannot be read."""
+def _padding(attention_mask, kv_length, kv_offset):
+    """The keys that padding leaves, (batch, 1, 1, keys), or None where it leaves all."""
     if attention_mask is None:
-        return False
-    if is_tracing(attention_mask):
-        return True
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    return not padding[:, kv_offset : kv_offset + kv_length].all()
+        return None
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length]
+    # Values that cannot be read now may hide a key.
+    if not is_tracing(attention_mask) and padding.all():
+        return None
+    return padding[:, None, None].to(torch.bool)
 
 
 def attention_forward(
@@ -108,13 +116,20 @@ def attention_forward(
     window = others.get("sliding_window") if is_causal else None
     left = None if window is None else window - 1
     why = _why_transformers_serves(query, key, value, attention_mask, dropout, others)
+    options_count = attention_mask is None or _is_padding(attention_mask, query)
     if why is None:
-        if is_causal and attention_mask is None and "sliding_window" not in others:
+        if is_causal and options_count and "sliding_window" not in others:
             _check_window(module, key)
-        out = attention(query, key, value, causal=is_causal, window=(left, None), scale=scaling, softcap=softcap)
+        masks = _masks(attention_mask, is_causal and options_count, left)
+        out = attention(query, key, value, scale=scaling, softcap=softcap, sinks=others.get("s_aux"), **masks)
         return out.transpose(1, 2).contiguous(), None
-    if attention_mask is None and is_causal and (left is not None or query.shape[2] != key.shape[2]):
-        attention_mask = allowed(query.shape[2], key.shape[2], left, 0, query.device)[None, None]
+    if (
+        is_causal
+        and options_count
+        and (attention_mask is not None or left is not None or query.shape[2] != key.shape[2])
+    ):
+        band = allowed(query.shape[2], key.shape[2], left, 0, query.device)[None, None]
+        attention_mask = band if attention_mask is None else band & attention_mask
     if softcap is not None or others.get("output_attentions"):
         backends.because(f"{why}: transformers' eager attention serves it")
         return _eager(module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, others)
@@ -124,22 +139,33 @@ def attention_forward(
     )
 
 
+def _is_padding(attention_mask, query) -> bool:
+    """Whether a mask is one of padding alone: see this module's docstring."""
+    return attention_mask.dim() == 4 and attention_mask.shape[2] == 1 < query.shape[2]
+
+
+def _masks(attention_mask, is_causal, left) -> dict:
+    """attention's options for a mask that says it all, or for padding beside a causal mask and its window."""
+    masks = {"causal": True, "window": (left, None)} if is_causal else {}
+    if attention_mask is not None:
+        masks["mask" if attention_mask.dtype is torch.bool else "bias"] = attention_mask
+    return masks
+
+
 def _why_transformers_serves(query, key, value, attention_mask, dropout, others):
     """Why a call goes to transformers' own attention, or None if the kernels serve it."""
-    if attention_mask is not None:
-        return "the mask (padding, unused cache slots or a custom one) is more than causal, a window or full"
+    if attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return "the mask is neither boolean nor of query's dtype"
     if dropout > 0.0:
         return "dropout > 0, which the kernels do not apply yet"
     if others.get("output_attentions"):
         return "output_attentions asks for weights, which the kernels never hold"
-    for name in ("position_bias", "cache", "s_aux"):
+    for name in ("position_bias", "cache"):
         if others.get(name) is not None:
             return f"{name} is given, which the kernels do not read yet"
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"
-    if value.shape != key.shape:
-        return "value and key differ in shape"
-    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
+    if not all(1 <= t.shape[-1] <= MAX_HEAD_DIM for t in (query, value)):
         return f"head_dim is not 1..{MAX_HEAD_DIM}"
     if any(t.stride(-1) != 1 for t in (query, key, value)):
         return "a last dimension is not dense"
