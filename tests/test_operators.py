@@ -141,7 +141,7 @@ LAYERS = {
     "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
     "LayerNorm": Layer(nearpeak.nn.LayerNorm(17), (X,), (1,)),
-    "LayerNorm of two dimensions": Layer(nearpeak.nn.LayerNorm((3, 17)), (randn(2, 3, 17),), (0,)),
+    "LayerNorm of two dimensions": Layer(nearpeak.nn.LayerNorm((3, 17)), (randn(5, 3, 17),), (0,)),
 }
 FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention"]
 
