@@ -151,6 +151,20 @@ def test_a_large_mean_costs_no_digits(serving, width):
             assert (a - b).abs().mean() <= torch.finfo(torch.float32).eps * b.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("part", [1, 8, 64, 90, 1100])
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_begins_far_from_its_mean(serving, dtype, residual, part):
+    """The kernels take the mean of a first part for the row's own, until they have seen how far that is."""
+
+    def far(x):
+        return torch.cat((x[:, :part] + 30.0, x[:, part:]), dim=1)
+
+    case = Case(rows=(4,), width=1234, residual=residual)
+    draws = [((far(x), *others), grads) for (x, *others), grads in draws_of(case, dtype)]
+    assert_as_exact(results(case, draws), standards_of(case, draws))
+
+
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,9 +3,9 @@
 //     RMSNorm      m = 0             r = 1 / sqrt(mean(hidden^2) + eps)
 //     LayerNorm    m = mean(hidden)  r = 1 / sqrt(mean((hidden - m)^2) + eps)
 //
-// A row is read from memory once, by its first pass, and then from the cache, so that it costs the memory one read and
-// one write. The sums over it take one such pass for RMSNorm. LayerNorm takes two: the first finds the mean as well as
-// float32 can hold it, the second sums what differs from that, and thereby corrects it.
+// A row is read from memory once, by the pass that sums over it, and then from the cache, so that it costs the memory
+// one read and one write. For LayerNorm that pass sums hidden - shift and its square: exact where the shift is near the
+// mean (see kSample).
 
 #include "kernels.h"
 
@@ -31,31 +31,64 @@ struct Inputs {
     const T *x, *residual;  // residual is null without kResidual
 };
 
-// The mean over a row of hidden where kCentred, else of hidden^2. x + residual goes to `sum_row`, as rounded for
-// storage, so that backward sees the same numbers.
-template <class T, bool kCentred, bool kResidual>
-float first_mean(Inputs<T> row, T* sum_row, int64_t width) {
-    Float sums[kSums] = {};
-    for_each_two<T, kSums>(width, [&](int64_t column, auto lanes, int slot) {
-        auto h = load(row.x + column, lanes);
-        if constexpr (kResidual) {
-            h = rounded_to<T>(h + load(row.residual + column, lanes));
-            store(sum_row + column, h, lanes);
-        }
-        if constexpr (kCentred) {
-            sums[slot] += total_of(h);
-        } else {
-            sums[slot] += total_of(h * h);
-        }
-    });
-    return sum(add_up(sums)) / static_cast<float>(width);
+template <class T, bool kResidual, class Lanes>
+auto load_hidden(Inputs<T> row, int64_t column, Lanes lanes) {
+    auto h = load(row.x + column, lanes);
+    // As rounded for storage, so that backward sees the same numbers.
+    if constexpr (kResidual) h = rounded_to<T>(h + load(row.residual + column, lanes));
+    return h;
 }
 
-// n = (hidden - shift) * r - drift. Subtracting the shift, which is nearly the mean, loses nothing, and what the mean
-// differs from it is small.
+// Means over a row of d = hidden - shift and of its square; for RMSNorm the shift is 0, and `difference` is not found.
+struct Means {
+    float difference, square;
+
+    float variance() const { return square - difference * difference; }
+
+    // A shift further from the mean than the standard deviation costs digits; this one costs half of one.
+    bool need_another_shift() const { return difference * difference > variance(); }
+};
+
+// x + residual goes to `sum_row`.
+template <class T, bool kCentred, bool kResidual>
+Means means_of_row(Inputs<T> row, float shift, T* sum_row, int64_t width) {
+    Float differences[kSums] = {}, squares[kSums] = {};
+    for_each_two<T, kSums>(width, [&](int64_t column, auto lanes, int slot) {
+        auto d = load_hidden<T, kResidual>(row, column, lanes);
+        if constexpr (kResidual) store(sum_row + column, d, lanes);
+        if constexpr (kCentred) {
+            d = only(d - shift, lanes);
+            differences[slot] += total_of(d);
+        }
+        squares[slot] += total_of(d * d);
+    });
+    const float count = static_cast<float>(width);
+    return {sum(add_up(differences)) / count, sum(add_up(squares)) / count};
+}
+
+// The first shift is the mean of this part of a row, and of no fewer elements: seldom far from the mean of all.
+constexpr int64_t kSample = 8, kSmallestSample = 64;
+
+template <class T, bool kResidual>
+float mean_of_sample(Inputs<T> row, int64_t width) {
+    const int64_t count =
+        std::min(width, std::max(kSmallestSample, width / kSample / kSmallestSample * kSmallestSample));
+    Float sums[kSums] = {};
+    for_each_two<T, kSums>(count, [&](int64_t column, auto lanes, int slot) {
+        sums[slot] += total_of(load_hidden<T, kResidual>(row, column, lanes));
+    });
+    return sum(add_up(sums)) / static_cast<float>(count);
+}
+
+// n = (hidden - shift) * r - drift; for RMSNorm n = hidden * r.
 template <bool kCentred>
 struct Normaliser {
     float r, shift, drift;
+
+    Normaliser(float shift, Means means, float eps) : shift(shift) {
+        r = 1.0f / std::sqrt((kCentred ? std::max(means.variance(), 0.0f) : means.square) + eps);
+        drift = means.difference * r;
+    }
 
     template <class Values>
     Values operator()(Values hidden) const {
@@ -67,29 +100,24 @@ struct Normaliser {
     }
 };
 
-// From the means over a row of hidden - shift and of its square.
-inline Normaliser<true> normaliser_of(float shift, float difference, float square, float eps) {
-    const float variance = std::max(square - difference * difference, 0.0f);
-    const float r = 1.0f / std::sqrt(variance + eps);
-    return {r, shift, difference * r};
+template <class T, bool kCentred, bool kResidual>
+Normaliser<kCentred> normaliser_of_row(Inputs<T> row, T* sum_row, int64_t width, float eps) {
+    float shift = kCentred ? mean_of_sample<T, kResidual>(row, width) : 0.0f;
+    Means means = means_of_row<T, kCentred, kResidual>(row, shift, sum_row, width);
+    if (kCentred && means.need_another_shift()) {
+        shift += means.difference;
+        means = means_of_row<T, kCentred, false>({kResidual ? sum_row : row.x, nullptr}, shift, nullptr, width);
+    }
+    return {shift, means, eps};
 }
 
-inline Normaliser<false> normaliser_of(float square, float eps) { return {1.0f / std::sqrt(square + eps), 0.0f, 0.0f}; }
-
-// Of a row whose first_mean is known.
-template <class T, bool kCentred>
-Normaliser<kCentred> normaliser_of_row(const T* hidden, float mean, int64_t width, float eps) {
+template <bool kCentred, class W, class Lanes>
+auto load_weight(const W* weight, float offset, Lanes lanes) {
+    const auto loaded = load(weight, lanes);
     if constexpr (kCentred) {
-        Float differences[kSums] = {}, squares[kSums] = {};
-        for_each_two<T, kSums>(width, [&](int64_t column, auto lanes, int slot) {
-            const auto d = only(load(hidden + column, lanes) - mean, lanes);
-            differences[slot] += total_of(d);
-            squares[slot] += total_of(d * d);
-        });
-        const float count = static_cast<float>(width);
-        return normaliser_of(mean, sum(add_up(differences)) / count, sum(add_up(squares)) / count, eps);
+        return loaded;
     } else {
-        return normaliser_of(mean, eps);
+        return offset + loaded;
     }
 }
 
@@ -98,14 +126,13 @@ Normaliser<kCentred> normaliser_of_row(const T* hidden, float mean, int64_t widt
 template <class T, class W, bool kCentred, bool kPastCache, bool kResidual>
 void forward_row(const Forward& p, Inputs<T> row, Inputs<T> next, T* y, T* hidden, T* sum_row) {
     const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
-    const float mean = first_mean<T, kCentred, kResidual>(row, sum_row, p.width);
+    const auto normalise = normaliser_of_row<T, kCentred, kResidual>(row, sum_row, p.width, p.eps);
     const T* from = kResidual ? sum_row : row.x;
-    const auto normalise = normaliser_of_row<T, kCentred>(from, mean, p.width, p.eps);
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
         fetch(next.x + column, lanes);
         if constexpr (kResidual) fetch(next.residual + column, lanes);
         auto n = normalise(load(from + column, lanes));
-        if (weight) n = n * (p.offset + load(weight + column, lanes));
+        if (weight) n = n * load_weight<kCentred>(weight + column, p.offset, lanes);
         if constexpr (kCentred) {
             if (bias) n = n + load(bias + column, lanes);
         }
@@ -143,31 +170,40 @@ struct RowGradient {
     float share, mean;  // of g n and, where kCentred, of g over the row; else mean is 0
 };
 
+// Means over a row that backward needs, of d = hidden - shift.
+struct BackwardMeans : Means {
+    float product, gradient;  // of d g, and where kCentred of g
+};
+
 template <class T, bool kCentred, class Weighted>
-RowGradient<kCentred> gradient_of_row(const Backward& p, const T* grad, const T* hidden, const Weighted& weighted) {
+BackwardMeans backward_means(const T* grad, const T* hidden, float shift, int64_t width, const Weighted& weighted) {
     constexpr int kPairs = kSums / 2;
-    const float shift = kCentred ? first_mean<T, true, false>({hidden, nullptr}, nullptr, p.width) : 0.0f;
     Float squares[kPairs] = {}, products[kPairs] = {}, differences[kPairs] = {}, gradients[kPairs] = {};
-    for_each_two<T, kPairs>(p.width, [&](int64_t column, auto lanes, int slot) {
-        auto h = load(hidden + column, lanes);
-        if constexpr (kCentred) h = only(h - shift, lanes);
+    for_each_two<T, kPairs>(width, [&](int64_t column, auto lanes, int slot) {
+        auto d = load(hidden + column, lanes);
         const auto g = weighted(load(grad + column, lanes), column, lanes);
-        squares[slot] += total_of(h * h);
-        products[slot] += total_of(h * g);
         if constexpr (kCentred) {
-            differences[slot] += total_of(h);
+            d = only(d - shift, lanes);
+            differences[slot] += total_of(d);
             gradients[slot] += total_of(g);
         }
+        squares[slot] += total_of(d * d);
+        products[slot] += total_of(d * g);
     });
-    const auto mean = [&](const auto& sums) { return sum(add_up(sums)) / static_cast<float>(p.width); };
-    if constexpr (kCentred) {
-        const auto normalise = normaliser_of(shift, mean(differences), mean(squares), p.eps);
-        const float g = mean(gradients);
-        return {normalise, mean(products) * normalise.r - g * normalise.drift, g};
-    } else {
-        const auto normalise = normaliser_of(mean(squares), p.eps);
-        return {normalise, mean(products) * normalise.r, 0.0f};
+    const auto mean = [&](const auto& sums) { return sum(add_up(sums)) / static_cast<float>(width); };
+    return {{mean(differences), mean(squares)}, mean(products), mean(gradients)};
+}
+
+template <class T, bool kCentred, class Weighted>
+RowGradient<kCentred> gradient_of_row(const Backward& p, const T* grad, const T* hidden, const Weighted& weighted) {
+    float shift = kCentred ? mean_of_sample<T, false>({hidden, nullptr}, p.width) : 0.0f;
+    BackwardMeans means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
+    if (kCentred && means.need_another_shift()) {
+        shift += means.difference;
+        means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
     }
+    const Normaliser<kCentred> normalise(shift, means, p.eps);
+    return {normalise, means.product * normalise.r - means.gradient * normalise.drift, means.gradient};
 }
 
 template <class Values, class Lanes>
@@ -180,7 +216,7 @@ void backward_row(const Backward& p, const T* grad, const T* hidden, const T* gr
                   ColumnSums sums) {
     const W* weight = static_cast<const W*>(p.weight);
     const auto weighted = [&](auto g, int64_t column, auto lanes) {
-        return weight ? g * (p.offset + load(weight + column, lanes)) : g;
+        return weight ? g * load_weight<kCentred>(weight + column, p.offset, lanes) : g;
     };
     const auto row = gradient_of_row<T, kCentred>(p, grad, hidden, weighted);
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {

@@ -23,7 +23,7 @@ def _save_for_rms_norm(ctx, inputs, output):
 
 def _rms_norm_gradient(ctx, grad):
     x, weight = ctx.saved_tensors
-    d_x, d_weight = torch.ops.nearpeak.rms_norm_backward(grad, x, weight, None, ctx.eps, ctx.offset)
+    d_x, d_weight = _rms_norm_backward(grad, x, weight, None, ctx.eps, ctx.offset)
     return d_x, None if weight is None else d_weight, None, None
 
 
@@ -36,7 +36,7 @@ def _save_for_add_rms_norm(ctx, inputs, output):
 def _add_rms_norm_gradient(ctx, grad, grad_hidden):
     hidden, weight = ctx.saved_tensors
     grad = torch.zeros_like(hidden) if grad is None else grad
-    d_hidden, d_weight = torch.ops.nearpeak.rms_norm_backward(grad, hidden, weight, grad_hidden, ctx.eps, ctx.offset)
+    d_hidden, d_weight = _rms_norm_backward(grad, hidden, weight, grad_hidden, ctx.eps, ctx.offset)
     return d_hidden, d_hidden, None if weight is None else d_weight, None, None
 
 
@@ -64,9 +64,7 @@ def _add_layer_norm_gradient(ctx, grad, grad_hidden):
 def _layer_norm_gradients(ctx, grad, grad_hidden):
     """Of hidden, weight and bias."""
     hidden, weight, bias = ctx.saved_tensors
-    d_hidden, d_weight, d_bias = torch.ops.nearpeak.layer_norm_backward(
-        grad, hidden, weight, bias, grad_hidden, ctx.eps
-    )
+    d_hidden, d_weight, d_bias = _layer_norm_backward(grad, hidden, weight, bias, grad_hidden, ctx.eps)
     return d_hidden, None if weight is None else d_weight, None if bias is None else d_bias
 
 
@@ -234,12 +232,14 @@ _rms_norm = torch.ops.nearpeak.rms_norm.default
 _rms_norm_inference = torch.ops.nearpeak.rms_norm_inference.default
 _add_rms_norm = torch.ops.nearpeak.add_rms_norm.default
 _add_rms_norm_inference = torch.ops.nearpeak.add_rms_norm_inference.default
+_rms_norm_backward = torch.ops.nearpeak.rms_norm_backward.default
 _rms_norm_out = torch.ops.nearpeak.rms_norm_out.default
 _layer_norm = torch.ops.nearpeak.layer_norm.default
 _layer_norm_inference = torch.ops.nearpeak.layer_norm_inference.default
 _add_layer_norm = torch.ops.nearpeak.add_layer_norm.default
 _add_layer_norm_inference = torch.ops.nearpeak.add_layer_norm_inference.default
 _layer_norm_of_sum = torch.ops.nearpeak.layer_norm_of_sum.default
+_layer_norm_backward = torch.ops.nearpeak.layer_norm_backward.default
 _layer_norm_out = torch.ops.nearpeak.layer_norm_out.default
 
 
@@ -338,9 +338,10 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, return_res
                 return reference.layer_norm(x, weight, bias, eps)
             pair = reference.add_layer_norm(x, residual, weight, bias, eps)
             return pair if return_residual else pair[0]
-        recorded = operators.wants_gradient(x, weight, bias, residual)
         if residual is None:
+            recorded = operators.wants_gradient(x, weight, bias)
             return (_layer_norm if recorded else _layer_norm_inference)(x, weight, bias, eps)
+        recorded = operators.wants_gradient(x, weight, bias, residual)
         if not (return_residual or recorded):
             return _layer_norm_of_sum(x, residual, weight, bias, eps)
         pair = (_add_layer_norm if recorded else _add_layer_norm_inference)(x, residual, weight, bias, eps)
