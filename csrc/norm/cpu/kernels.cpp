@@ -10,6 +10,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 
@@ -49,21 +50,40 @@ struct Means {
     bool need_another_shift() const { return difference * difference > variance(); }
 };
 
+// Adds up this many columns before it adds them to the rest: long sums in float32 lose digits.
+constexpr int64_t kSumBlock = 4096;
+
+// The means over `width` columns of kCount values: add(column, lanes, sums) adds those of a vector to Float
+// sums[kCount].
+template <class T, int kCount, int kSlots, class Add>
+[[gnu::always_inline]] inline std::array<float, kCount> means_over(int64_t width, Add add) {
+    Float totals[kCount] = {};
+    for (int64_t begin = 0; begin < width; begin += kSumBlock) {
+        Float sums[kSlots][kCount] = {};
+        for_each_two<T, kSlots>(std::min(kSumBlock, width - begin),
+                                [&](int64_t column, auto lanes, int slot) { add(begin + column, lanes, sums[slot]); });
+        for (int slot = 0; slot < kSlots; ++slot) {
+            for (int value = 0; value < kCount; ++value) totals[value] += sums[slot][value];
+        }
+    }
+    std::array<float, kCount> means;
+    for (int value = 0; value < kCount; ++value) means[value] = sum(totals[value]) / static_cast<float>(width);
+    return means;
+}
+
 // x + residual goes to `sum_row`.
 template <class T, bool kCentred, bool kResidual>
 Means means_of_row(Inputs<T> row, float shift, T* sum_row, int64_t width) {
-    Float differences[kSums] = {}, squares[kSums] = {};
-    for_each_two<T, kSums>(width, [&](int64_t column, auto lanes, int slot) {
+    const auto [difference, square] = means_over<T, 2, kSums>(width, [&](int64_t column, auto lanes, Float(&sums)[2]) {
         auto d = load_hidden<T, kResidual>(row, column, lanes);
         if constexpr (kResidual) store(sum_row + column, d, lanes);
         if constexpr (kCentred) {
             d = only(d - shift, lanes);
-            differences[slot] += total_of(d);
+            sums[0] += total_of(d);
         }
-        squares[slot] += total_of(d * d);
+        sums[1] += total_of(d * d);
     });
-    const float count = static_cast<float>(width);
-    return {sum(add_up(differences)) / count, sum(add_up(squares)) / count};
+    return {difference, square};
 }
 
 // The first shift is the mean of this part of a row, and of no fewer elements: seldom far from the mean of all.
@@ -73,11 +93,9 @@ template <class T, bool kResidual>
 float mean_of_sample(Inputs<T> row, int64_t width) {
     const int64_t count =
         std::min(width, std::max(kSmallestSample, width / kSample / kSmallestSample * kSmallestSample));
-    Float sums[kSums] = {};
-    for_each_two<T, kSums>(count, [&](int64_t column, auto lanes, int slot) {
-        sums[slot] += total_of(load_hidden<T, kResidual>(row, column, lanes));
-    });
-    return sum(add_up(sums)) / static_cast<float>(count);
+    return means_over<T, 1, kSums>(count, [&](int64_t column, auto lanes, Float(&sums)[1]) {
+        sums[0] += total_of(load_hidden<T, kResidual>(row, column, lanes));
+    })[0];
 }
 
 // n = (hidden - shift) * r - drift; for RMSNorm n = hidden * r.
@@ -163,11 +181,13 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end, T* scratch) {
     if (kPastCache) fence_stores_past_cache();
 }
 
-// With g = grad * (offset + weight):  d_hidden = r * (g - mean - n * share) + grad_hidden
+// With g = grad * (offset + weight), each followed by + grad_hidden:
+//     RMSNorm      d_hidden = r * (g - hidden * share)      share = r^2 mean(g hidden)
+//     LayerNorm    d_hidden = r * (g - n * share - mean)    share = mean(g n),  mean = mean(g)
 template <bool kCentred>
 struct RowGradient {
     Normaliser<kCentred> normalise;
-    float share, mean;  // of g n and, where kCentred, of g over the row; else mean is 0
+    float share, mean;
 };
 
 // Means over a row that backward needs, of d = hidden - shift.
@@ -177,21 +197,19 @@ struct BackwardMeans : Means {
 
 template <class T, bool kCentred, class Weighted>
 BackwardMeans backward_means(const T* grad, const T* hidden, float shift, int64_t width, const Weighted& weighted) {
-    constexpr int kPairs = kSums / 2;
-    Float squares[kPairs] = {}, products[kPairs] = {}, differences[kPairs] = {}, gradients[kPairs] = {};
-    for_each_two<T, kPairs>(width, [&](int64_t column, auto lanes, int slot) {
-        auto d = load(hidden + column, lanes);
-        const auto g = weighted(load(grad + column, lanes), column, lanes);
-        if constexpr (kCentred) {
-            d = only(d - shift, lanes);
-            differences[slot] += total_of(d);
-            gradients[slot] += total_of(g);
-        }
-        squares[slot] += total_of(d * d);
-        products[slot] += total_of(d * g);
-    });
-    const auto mean = [&](const auto& sums) { return sum(add_up(sums)) / static_cast<float>(width); };
-    return {{mean(differences), mean(squares)}, mean(products), mean(gradients)};
+    const auto [difference, square, product, gradient] =
+        means_over<T, 4, kSums / 2>(width, [&](int64_t column, auto lanes, Float(&sums)[4]) {
+            auto d = load(hidden + column, lanes);
+            const auto g = weighted(load(grad + column, lanes), column, lanes);
+            if constexpr (kCentred) {
+                d = only(d - shift, lanes);
+                sums[0] += total_of(d);
+                sums[3] += total_of(g);
+            }
+            sums[1] += total_of(d * d);
+            sums[2] += total_of(d * g);
+        });
+    return {{difference, square}, product, gradient};
 }
 
 template <class T, bool kCentred, class Weighted>
@@ -203,7 +221,12 @@ RowGradient<kCentred> gradient_of_row(const Backward& p, const T* grad, const T*
         means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
     }
     const Normaliser<kCentred> normalise(shift, means, p.eps);
-    return {normalise, means.product * normalise.r - means.gradient * normalise.drift, means.gradient};
+    const float r = normalise.r;
+    if constexpr (kCentred) {
+        return {normalise, means.product * r - means.gradient * normalise.drift, means.gradient};
+    } else {
+        return {normalise, r * r * means.product, 0.0f};
+    }
 }
 
 template <class Values, class Lanes>
@@ -220,9 +243,9 @@ void backward_row(const Backward& p, const T* grad, const T* hidden, const T* gr
     };
     const auto row = gradient_of_row<T, kCentred>(p, grad, hidden, weighted);
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
-        const auto n = row.normalise(load(hidden + column, lanes));
+        const auto h = load(hidden + column, lanes), n = row.normalise(h);
         const auto g = load(grad + column, lanes);
-        auto d = weighted(g, column, lanes) - n * row.share;
+        auto d = weighted(g, column, lanes) - (kCentred ? n : h) * row.share;
         if constexpr (kCentred) d = d - row.mean;
         d = d * row.normalise.r;
         if (grad_hidden) d = d + load(grad_hidden + column, lanes);
