@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .. import triton_launch
 from .triton_rows import as_rows, load_weight, mean_of_row, scale_of
-from .triton_tiles import COLUMNS, REDUCTION, RESIDENT_THREADS, backward_tile
+from .triton_tiles import COLUMNS, REDUCTION, RESIDENT_THREADS, backward_tile, row_sums_tile
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def _in_one(inputs, d_hidden, wanted, sizes, formula):
 def _in_two(inputs, d_hidden, wanted, sizes, formula):
     hidden, (rows, width) = inputs[1], inputs[1].shape
     eps, offset, options = formula
-    tile, device = backward_tile(width), triton_launch.describe(hidden.device)
+    tile, device = row_sums_tile(options["CENTRED"]), triton_launch.describe(hidden.device)
     row_sums = hidden.new_empty(5 if options["CENTRED"] else 2, rows, dtype=torch.float32)
     _backward_wide_sums[(rows,)](
         *inputs[:3], row_sums, *sizes[:4], eps, offset,

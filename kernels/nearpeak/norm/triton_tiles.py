@@ -38,6 +38,12 @@ def backward_tile(width: int) -> Tile:
     return _tile(width, WHOLE_ROW_BACKWARD, PER_THREAD_BACKWARD)
 
 
+def row_sums_tile(centred: bool) -> Tile:
+    """Of the wide backward's first kernel. LayerNorm's keeps twice the sums: 1024 threads of it spill on sm_120."""
+    block = WIDE_BLOCK // 2 if centred else WIDE_BLOCK
+    return Tile(1, block, block // PER_THREAD_BACKWARD)
+
+
 def _tile(width, widest, per_thread):
     if width > widest:
         return Tile(1, WIDE_BLOCK, WIDE_BLOCK // per_thread)
