@@ -154,9 +154,9 @@ void run_backward(const Backward& p, const Tensor* d_weight, const Tensor* d_bia
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
                                              const Optional& grad_hidden, double eps, double offset) {
-    require(has_width(hidden) && is_like(grad, hidden) && is_parameter_of(weight, hidden) &&
-                is_like(grad_hidden, hidden),
-            "rms_norm_backward");
+    require(
+        has_width(hidden) && is_like(grad, hidden) && is_parameter_of(weight, hidden) && is_like(grad_hidden, hidden),
+        "rms_norm_backward");
     Tensor d_hidden = empty_laid_out_like(hidden), d_weight = gradient_of(weight, hidden);
     const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden, rms_norm_formula(eps, offset),
                                       d_hidden);

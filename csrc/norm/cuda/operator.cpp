@@ -25,15 +25,15 @@ Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offs
     return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight,
-                                        double eps, double offset) {
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight, double eps,
+                                        double offset) {
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
     run_forward(x, residual, weight, rms_norm_formula(eps, offset), y, &hidden);
     return {y, hidden};
 }
 
-void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual,
-                  double eps, double offset, Tensor out, Optional residual_out) {
+void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual, double eps, double offset,
+                  Tensor out, Optional residual_out) {
     run_forward(x, residual, weight, rms_norm_formula(eps, offset), out, residual_out ? &*residual_out : nullptr);
 }
 
@@ -58,8 +58,7 @@ void run_backward(Backward& p, const Tensor& hidden, Tensor* d_weight, void* str
         sum_partials({p.partials, plan.partials, p.width, d_weight->mutable_data_ptr(), p.weight_dtype}, stream);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden,
-                                             const Optional& weight,
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
                                              const Optional& grad_hidden, double eps, double offset) {
     Tensor d_hidden = empty_laid_out_like(hidden);
     Tensor d_weight = weight ? empty_laid_out_like(*weight) : empty_like_dtype(hidden, {0});
