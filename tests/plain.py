@@ -22,6 +22,19 @@ def add_rms_norm(x, residual, weight, eps, offset):
     return rms_norm(hidden, weight, eps, offset), hidden
 
 
+def layer_norm(x, weight, bias, eps):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(x, residual, weight, bias, eps):
+    hidden = x + residual
+    return layer_norm(hidden, weight, bias, eps), hidden
+
+
+def layer_norm_of_sum(x, residual, weight, bias, eps):
+    return layer_norm(x + residual, weight, bias, eps)
+
+
 def rotary(query, key, cos, sin, interleaved):
     """Hugging Face's formula, x * cos + rotate_half(x) * sin, with tables of full width in the wider dtype."""
     return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)

@@ -51,6 +51,20 @@ SAMPLES = {
         (X, None, X, 1e-6, 1.0, torch.empty_like(X), torch.empty_like(X)),
     ],
     "rms_norm_backward": [(X, X, WEIGHT, None, 1e-6, 0.0), (X, X, None, X, 1e-6, 1.0)],
+    "layer_norm": [
+        (*leaves(*norm_operands(), randn(17, seed=2)), 1e-5),
+        (X[0].T.detach().requires_grad_(), None, None, 0.1),
+    ],
+    "layer_norm_inference": [(X, WEIGHT, WEIGHT, 1e-5), (X.bfloat16(), None, WEIGHT, 1e-5)],
+    "add_layer_norm": [(*leaves(X.clone(), X.clone(), WEIGHT.clone()), None, 1e-5)],
+    "add_layer_norm_inference": [(X, X, None, None, 1e-5)],
+    "layer_norm_of_sum": [(X, X.transpose(0, 1).contiguous().transpose(0, 1), WEIGHT, WEIGHT, 1e-5)],
+    "layer_norm_out": [
+        (X, WEIGHT, WEIGHT, None, 1e-5, torch.empty_like(X), None),
+        (X, None, None, X, 1e-5, torch.empty_like(X), None),
+        (X, None, None, X, 1e-5, torch.empty_like(X), torch.empty_like(X)),
+    ],
+    "layer_norm_backward": [(X, X, WEIGHT, WEIGHT, None, 1e-5), (X, X, None, WEIGHT, X, 1e-5)],
     "apply_rotary": [(*leaves(*rotary_operands()), COS[None], SIN[None], interleaved, False) for interleaved in (0, 1)],
     "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True)],
     "apply_rotary_": [(*rotary_operands(), COS[None], SIN[None], True, False)],
@@ -104,6 +118,13 @@ class Layer(NamedTuple):
 LAYERS = {
     "rms_norm": Layer(lambda x, w: nearpeak.rms_norm(x, w, offset=1.0), norm_operands(), (1, None)),
     "add_rms_norm": Layer(lambda x, r: nearpeak.rms_norm(x, residual=r), (X, X + 1), (1, 1)),
+    "layer_norm": Layer(
+        lambda x, w, b: nearpeak.layer_norm(x, w, b), (*norm_operands(), randn(17, seed=2)), (1, None, None)
+    ),
+    "add_layer_norm": Layer(lambda x, r: nearpeak.layer_norm(x, residual=r), (X, X + 1), (1, 1)),
+    "post_layer_norm": Layer(
+        lambda x, r, w: nearpeak.layer_norm(x, w, residual=r, return_residual=False), (X, X + 1, WEIGHT), (1, 1, None)
+    ),
     "rotary": Layer(lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s), (*rotary_operands(), COS, SIN), (2, 2, 0, 0)),
     "rotary_interleaved": Layer(
         lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, interleaved=True),
@@ -131,8 +152,10 @@ LAYERS = {
     "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
     "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
+    "LayerNorm": Layer(nearpeak.nn.LayerNorm(17), (X,), (1,)),
+    "LayerNorm of two dimensions": Layer(nearpeak.nn.LayerNorm((3, 17)), (randn(5, 3, 17),), (0,)),
 }
-FAMILIES = ["add_rms_norm", "rotary", "swiglu_packed", "attention"]
+FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention"]
 
 
 def results(function, inputs):
@@ -211,6 +234,8 @@ def test_writing_functions_compile():
         out = torch.empty_like(x)
         nearpeak.rms_norm(x, out=out)
         nearpeak.rms_norm(x, residual=out, out=(out, x))
+        nearpeak.layer_norm(x, residual=out, out=(out, x))
+        nearpeak.layer_norm(x, residual=out, return_residual=False, out=x)
         return out, x, *nearpeak.apply_rotary(query, key, COS, SIN, inplace=True)
 
     compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
@@ -283,7 +308,9 @@ def test_autocast_leaves_dtypes_alone(serving, name):
 
 def sizeable(name):
     """Inputs large enough that the kernels share them out over threads."""
-    if "rms" in name.lower():
+    if "two dimensions" in name:
+        return (randn(140, 3, 17),)
+    if "norm" in name.lower():
         return tuple(randn(400, 17, seed=i) if t.dim() > 1 else t for i, t in enumerate(LAYERS[name].inputs))
     if "glu" in name or name == "gelu":
         return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
@@ -339,6 +366,21 @@ def test_gradient_formula_of_rms_norm_is_the_derivative(weight):
     torch.testing.assert_close(d_hidden, expected[0])
     if weight is not None:
         torch.testing.assert_close(d_weight, expected[2])
+
+
+@pytest.mark.parametrize("parameters", [0, 1, 2], ids=["plain", "weight", "weight and bias"])
+def test_gradient_formula_of_layer_norm_is_the_derivative(parameters):
+    x, grad, grad_hidden = (randn(4, 17, dtype=torch.float64, seed=i) for i in range(3))
+    given = tuple(randn(17, dtype=torch.float64, seed=3 + i) for i in range(parameters))
+
+    def forward(x, residual, weight=None, bias=None):
+        return norm_reference.add_layer_norm(x, residual, weight, bias, 1e-3)
+
+    expected = plain.value_and_gradients(forward, (x, x.flip(0), *given), (grad, grad_hidden))[2:]
+    weight, bias = (*given, None, None)[:2]
+    d_hidden, *mine = norm_reference.layer_norm_backward(grad, x + x.flip(0), weight, bias, grad_hidden, 1e-3)
+    torch.testing.assert_close(d_hidden, expected[0])
+    torch.testing.assert_close(tuple(mine[:parameters]), expected[2:])
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -45,9 +45,15 @@ def test_the_report_counts_what_was_replaced(name):
     assert report.__rich__().row_count == len(report.replaced) + len(report.left_alone)
 
 
-def test_bert_runs_its_layer_norms_unpatched_and_says_so():
-    report = nearpeak.patch(make("bert"))
-    assert any(entry.kind == "norm" and entry.layer == "LayerNorm" for entry in report.left_alone)
+def test_berts_layer_norms_are_served_and_share_their_parameters():
+    model = make("bert")
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    parameters = [p.data_ptr() for p in norm.parameters()]
+    with nearpeak.patched(model) as report:
+        assert any(entry.detail == "nearpeak.layer_norm" and entry.count == 6 for entry in report.replaced)
+        assert [p.data_ptr() for p in norm.parameters()] == parameters
+        assert "nearpeak::layer_norm_inference" in _explained(norm, torch.randn(2, 3, 32))
+    assert type(norm) is torch.nn.LayerNorm
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -212,11 +218,18 @@ class _ScaledRMSNorm(torch.nn.Module):
         (torch.nn.RMSNorm(12, eps=1e-3), True),
         (torch.nn.RMSNorm(12, elementwise_affine=False), True),
         (torch.nn.RMSNorm((3, 12)), False),
-        (torch.nn.LayerNorm(12), False),
-        (torch.nn.LayerNorm(12, bias=False), False),
+        (torch.nn.LayerNorm(12), True),
+        (torch.nn.LayerNorm(12, eps=1e-3, bias=False), True),
+        (torch.nn.LayerNorm(12, elementwise_affine=False), True),
+        (torch.nn.LayerNorm((3, 12)), False),
+        (torch.nn.GroupNorm(1, 3), False),
+        (torch.nn.GroupNorm(1, 3, affine=False), False),
+        (torch.nn.InstanceNorm1d(3), False),
+        (torch.nn.BatchNorm1d(3).eval(), False),
         (_ScaledRMSNorm(12), False),
         (transformers.models.t5.modeling_t5.T5LayerNorm(12), True),
         (transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(12), True),
+        (transformers.models.cohere.modeling_cohere.CohereLayerNorm(12), True),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )

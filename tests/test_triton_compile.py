@@ -20,6 +20,9 @@ BFLOAT, SINGLE = torch.bfloat16, torch.float32
 # Each kernel at least once, the common ones for every target: what a change breaks first.
 CHOSEN = [
     *((norm_case(4096, BFLOAT, direction), target) for direction in ("forward", "backward") for target in TARGETS),
+    *((norm_case(4096, BFLOAT, "backward", "layer_norm"), target) for target in TARGETS),
+    *((norm_case(4096, BFLOAT, direction, "layer_norm"), "sm_90") for direction in ("forward", "add")),
+    *((norm_case(65536, SINGLE, direction, "layer_norm"), "sm_120") for direction in ("add", "backward")),
     (norm_case(65536, SINGLE, "add"), "sm_90"),
     (norm_case(65536, BFLOAT, "backward"), "sm_80"),
     *((rotary_case(128, BFLOAT, interleaved), "sm_90") for interleaved in (False, True)),

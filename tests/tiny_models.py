@@ -42,7 +42,7 @@ DECODERS = ("llama", "gemma3")
 REPLACED = {
     "llama": {"norm": 5, "rotary": 2, "attention": 2},
     "gemma3": {"norm": 13, "rotary": 2, "attention": 2},
-    "bert": {"norm": 0, "rotary": 0, "attention": 2},
+    "bert": {"norm": 6, "rotary": 0, "attention": 2},
 }
 
 

@@ -21,7 +21,7 @@ from nearpeak import triton_launch
 from nearpeak.attention import triton_attention
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
-from nearpeak.norm import triton_rms_norm
+from nearpeak.norm import triton_norm
 from nearpeak.rotary import triton_rotary
 from rich.console import Console
 from rich.progress import track
@@ -199,16 +199,23 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def norm_case(width: int, dtype: torch.dtype, direction: str, rows: int = 8192) -> Case:
-    """direction: "forward", "add" (with a residual) or "backward"."""
+def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_norm", rows: int = 8192) -> Case:
+    """direction: "forward", "add" (with a residual) or "backward"; layer: "rms_norm" or "layer_norm"."""
     x, weight = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype)
     launch = {
-        "forward": lambda: triton_rms_norm.rms_norm(x, weight, 1e-6, 0.0),
-        "add": lambda: triton_rms_norm.add_rms_norm(x, x, weight, 1e-6, 1.0),
-        "backward": lambda: triton_rms_norm.rms_norm_backward(x, x, weight, x, 1e-6, 1.0),
-    }[direction]
+        "rms_norm": {
+            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0),
+            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0),
+            "backward": lambda: triton_norm.rms_norm_backward(x, x, weight, x, 1e-6, 1.0),
+        },
+        "layer_norm": {
+            "forward": lambda: triton_norm.layer_norm(x, weight, weight, 1e-5),
+            "add": lambda: triton_norm.add_layer_norm(x, x, weight, weight, 1e-5),
+            "backward": lambda: triton_norm.layer_norm_backward(x, x, weight, weight, x, 1e-5),
+        },
+    }[layer][direction]
     wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
-    return Case(f"norm {direction} {width} {_name(dtype)}", launch, wide=wide)
+    return Case(f"{layer} {direction} {width} {_name(dtype)}", launch, wide=wide)
 
 
 def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048) -> Case:
@@ -257,7 +264,8 @@ def every_case() -> list[Case]:
     """Every kernel, at widths on both sides of each decision of the launchers."""
     single, bfloat = torch.float32, torch.bfloat16
     norms = [
-        norm_case(width, dtype, direction)
+        norm_case(width, dtype, direction, layer)
+        for layer in ("rms_norm", "layer_norm")
         for direction in ("forward", "add", "backward")
         for dtype in (bfloat, single)
         for width in (64, 640, 4096, 8192, 16384, 32768, 65536)

@@ -1,4 +1,4 @@
-"""RMSNorm: fresh output, reused output, fused residual addition; forward and backward.
+"""RMSNorm: fresh output, reused output, fused residual addition; forward and backward. LayerNorm: see layer_norm.py.
 
 The width-4096 rows are bound by memory; the small ones, a single token of a small model, by the call itself.
 """

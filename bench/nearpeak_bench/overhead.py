@@ -64,6 +64,13 @@ OPERATORS = [
         lambda x, residual, weight: norm.reference.add_rms_norm(x, residual, weight, EPS, 0.0),
     ),
     _operator(
+        "overhead_layer_norm",
+        "layer_norm_inference",
+        lambda random: _rows(random, "x") | {"bias": random(ELEMENTS)},
+        lambda x, weight, bias: nearpeak.layer_norm(x, weight, bias, EPS),
+        lambda x, weight, bias: norm.reference.layer_norm(x, weight, bias, EPS),
+    ),
+    _operator(
         "overhead_apply_rotary",
         "apply_rotary_inference",
         lambda random: _heads(random, "query", "key") | _tables(random),

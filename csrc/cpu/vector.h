@@ -191,6 +191,12 @@ inline void store(T* to, Float value, int64_t count) {
     std::memcpy(to, buffer, count * sizeof(T));
 }
 
+// The value with zeros in the lanes that are not meant.
+inline Float only(Float value, AllLanes) { return value; }
+inline Float only(Float value, int64_t count) {
+    return select(lane_numbers() < static_cast<int32_t>(count), value, Float{});
+}
+
 // Walks a row of `width` elements: body(column, lanes, slot), with `lanes` as above. `slot` counts 0..kUnroll - 1
 // within an unrolled step, for sums that must not wait for one another.
 template <int kUnroll = 1, class Body>
@@ -366,6 +372,7 @@ inline Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
 inline Two operator*(Two a, float b) { return {a.low * b, a.high * b}; }
 inline Two operator*(float a, Two b) { return b * a; }
 inline Two operator+(float a, Two b) { return {a + b.low, a + b.high}; }
+inline Two operator-(Two a, float b) { return {a.low - b, a.high - b}; }
 
 inline Float total_of(Float value) { return value; }
 inline Float total_of(Two value) { return value.low + value.high; }
@@ -378,6 +385,11 @@ inline Two rounded_to(Two value) {
 // Two vectors in T's order, whatever type they are loaded from or stored as.
 template <class T>
 struct TwoVectors {};
+
+template <class T>
+inline Two only(Two value, TwoVectors<T>) {
+    return value;
+}
 
 template <class U, class T>
 inline Two load(const U* from, TwoVectors<T>) {

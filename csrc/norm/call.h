@@ -1,5 +1,5 @@
-// What a call of RMSNorm is, on any device. Rows lie anywhere in the inputs (see Rows) and one after another in the
-// outputs.
+// What a call of RMSNorm or LayerNorm is, on any device. Rows lie anywhere in the inputs (see Rows) and one after
+// another in the outputs.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,31 @@
 
 namespace nearpeak::norm {
 
-struct ForwardCall {
+// RMSNorm, or where `centred` LayerNorm, whose offset is 0.
+struct Formula {
+    float eps, offset;
+    bool centred;
+};
+
+inline Formula rms_norm_formula(double eps, double offset) {
+    return {static_cast<float>(eps), static_cast<float>(offset), false};
+}
+
+inline Formula layer_norm_formula(double eps) { return {static_cast<float>(eps), 0.0f, true}; }
+
+struct ForwardCall : Formula {
     const void* x;
     const void* residual;  // or null
     const void* weight;    // (width,), or null
+    const void* bias;      // (width,), or null, as always for RMSNorm
     void* y;
-    void* hidden;  // x + residual; null without a residual
+    void* hidden;  // x + residual; null without a residual, or where the caller does not want it
     Rows x_rows, residual_rows;
     int64_t rows, width;
-    float eps, offset;
-    Dtype dtype, weight_dtype;
+    Dtype dtype, weight_dtype;  // the bias is of the weight's type
 };
 
-struct BackwardCall {
+struct BackwardCall : Formula {
     const void* grad;
     const void* hidden;
     const void* weight;       // (width,), or null
@@ -29,7 +41,6 @@ struct BackwardCall {
     void* d_hidden;
     Rows grad_rows, hidden_rows, grad_hidden_rows;
     int64_t rows, width;
-    float eps, offset;
     Dtype dtype, weight_dtype;
 };
 

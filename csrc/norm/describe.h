@@ -9,73 +9,86 @@
 
 namespace nearpeak::norm {
 
-struct Rest {  // of the inputs, what may not be there
-    Rest(const std::optional<Tensor>& rows_any, const std::optional<Tensor>& weight_any, const Tensor& order) {
-        if (rows_any) rows.emplace(*rows_any, order);
-        if (weight_any) weight = made_contiguous(*weight_any);
+using Optional = std::optional<Tensor>;
+
+// A weight or bias as kernels read it.
+struct Dense {
+    explicit Dense(const Optional& any) {
+        if (any) tensor = made_contiguous(*any);
     }
 
-    std::optional<RowsOf> rows;
-    std::optional<Tensor> weight;
+    const void* data() const { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+    Optional tensor;
 };
+
+// The type of the weight and the bias, which agree; of `x` without either.
+inline Dtype weight_dtype_of(const Optional& weight, const Optional& bias, const Tensor& x) {
+    return dtype_of(weight ? *weight : bias ? *bias : x);
+}
 
 class DescribedForward {
   public:
-    DescribedForward(const Tensor& x_any, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
-                     double eps, double offset, const Tensor& y, const Tensor* hidden)
-        : x(x_any, y), rest(residual, weight, y) {
+    DescribedForward(const Tensor& x_any, const Optional& residual_any, const Optional& weight_any,
+                     const Optional& bias_any, const Formula& formula, const Tensor& y, const Tensor* hidden)
+        : x(x_any, y), weight(weight_any), bias(bias_any) {
+        static_cast<Formula&>(call) = formula;
         call.x = x.data();
         call.x_rows = x.rows;
         call.width = x_any.sizes().back();
         call.rows = x_any.numel() / call.width;
-        if (rest.rows) {
-            call.residual = rest.rows->data();
-            call.residual_rows = rest.rows->rows;
-            call.hidden = hidden->mutable_data_ptr();
+        if (residual_any) {
+            residual.emplace(*residual_any, y);
+            call.residual = residual->data();
+            call.residual_rows = residual->rows;
         }
-        call.weight = rest.weight ? rest.weight->const_data_ptr() : nullptr;
+        call.weight = weight.data();
+        call.bias = bias.data();
         call.y = y.mutable_data_ptr();
-        call.eps = static_cast<float>(eps);
-        call.offset = static_cast<float>(offset);
+        call.hidden = hidden ? hidden->mutable_data_ptr() : nullptr;
         call.dtype = dtype_of(x_any);
-        call.weight_dtype = rest.weight ? dtype_of(*rest.weight) : call.dtype;
+        call.weight_dtype = weight_dtype_of(weight_any, bias_any, x_any);
     }
 
     ForwardCall call{};
 
   private:
     RowsOf x;
-    Rest rest;
+    std::optional<RowsOf> residual;
+    Dense weight, bias;
 };
 
 class DescribedBackward {
   public:
-    DescribedBackward(const Tensor& grad_any, const Tensor& hidden_any, const std::optional<Tensor>& weight,
-                      const std::optional<Tensor>& grad_hidden, double eps, double offset, const Tensor& d_hidden)
-        : grad(grad_any, d_hidden), hidden(hidden_any, d_hidden), rest(grad_hidden, weight, d_hidden) {
+    // The bias matters by its type alone.
+    DescribedBackward(const Tensor& grad_any, const Tensor& hidden_any, const Optional& weight_any,
+                      const Optional& bias_any, const Optional& grad_hidden_any, const Formula& formula,
+                      const Tensor& d_hidden)
+        : grad(grad_any, d_hidden), hidden(hidden_any, d_hidden), weight(weight_any) {
+        static_cast<Formula&>(call) = formula;
         call.grad = grad.data();
         call.grad_rows = grad.rows;
         call.hidden = hidden.data();
         call.hidden_rows = hidden.rows;
         call.width = hidden_any.sizes().back();
         call.rows = hidden_any.numel() / call.width;
-        if (rest.rows) {
-            call.grad_hidden = rest.rows->data();
-            call.grad_hidden_rows = rest.rows->rows;
+        if (grad_hidden_any) {
+            grad_hidden.emplace(*grad_hidden_any, d_hidden);
+            call.grad_hidden = grad_hidden->data();
+            call.grad_hidden_rows = grad_hidden->rows;
         }
-        call.weight = rest.weight ? rest.weight->const_data_ptr() : nullptr;
+        call.weight = weight.data();
         call.d_hidden = d_hidden.mutable_data_ptr();
-        call.eps = static_cast<float>(eps);
-        call.offset = static_cast<float>(offset);
         call.dtype = dtype_of(hidden_any);
-        call.weight_dtype = rest.weight ? dtype_of(*rest.weight) : call.dtype;
+        call.weight_dtype = weight_dtype_of(weight_any, bias_any, hidden_any);
     }
 
     BackwardCall call{};
 
   private:
     RowsOf grad, hidden;
-    Rest rest;
+    std::optional<RowsOf> grad_hidden;
+    Dense weight;
 };
 
 }  // namespace nearpeak::norm

@@ -5,7 +5,7 @@ from .attention import attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
-from .norm import rms_norm
+from .norm import layer_norm, rms_norm
 from .patching import PatchReport, patch, patched, unpatch
 from .rotary import apply_rotary
 from .version import __version__
@@ -18,6 +18,7 @@ __all__ = [
     "attention",
     "explain",
     "geglu",
+    "layer_norm",
     "nn",
     "patch",
     "patched",

@@ -1,5 +1,5 @@
 """Modules of all families, as drop-in replacements for PyTorch's layers of the same names."""
 
-from .norm import RMSNorm
+from .norm import LayerNorm, RMSNorm
 
-__all__ = ["RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm"]

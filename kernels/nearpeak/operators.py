@@ -117,10 +117,9 @@ def empty_laid_out_like(like: torch.Tensor, width: int | None = None) -> torch.T
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must record a call on these tensors."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
     return False
 
 

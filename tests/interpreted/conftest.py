@@ -59,6 +59,17 @@ def _served_by_triton():
         yield
 
 
+@pytest.fixture(params=["whole rows", "rows in blocks"])
+def blocks(request, monkeypatch):
+    """Run a norm's test with rows held in registers, and with rows too wide for that (here: wider than 16 or 32)."""
+    from nearpeak.norm import triton_backward, triton_tiles
+
+    if request.param == "rows in blocks":
+        for name, value in (("WHOLE_ROW_FORWARD", 64), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 32)):
+            monkeypatch.setattr(triton_tiles, name, value)
+        monkeypatch.setattr(triton_backward, "COLUMNS", triton_tiles.Tile(rows=8, block=64, threads=128))
+
+
 @pytest.fixture
 def far_apart(tmp_path):
     """Makes random tensors whose last dimension but one strides over more than 2^31 elements of a file of holes."""

@@ -7,7 +7,7 @@ import test_norm as norm
 import torch
 from draws import assert_as_exact
 from inputs import DTYPES, every_second
-from nearpeak.norm import triton_rms_norm
+from nearpeak.norm import triton_tiles
 from test_norm import Case
 
 CASES = [
@@ -18,15 +18,6 @@ CASES = [
     *(Case(rows=(40,), width=width) for width in (33, 64)),
     *(Case(rows=(17,), magnitude=magnitude, residual=True) for magnitude in (1e-3, 1e3)),
 ]
-
-
-@pytest.fixture(params=["whole rows", "rows in blocks"])
-def blocks(request, monkeypatch):
-    """Run the test with rows held in registers, and with rows too wide for that (here: wider than 16 or 32)."""
-    if request.param == "rows in blocks":
-        for name, value in (("WHOLE_ROW_FORWARD", 64), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 32)):
-            monkeypatch.setattr(triton_rms_norm, name, value)
-        monkeypatch.setattr(triton_rms_norm, "COLUMNS", triton_rms_norm.Tile(rows=8, block=64, threads=128))
 
 
 def judge(case, draws):
@@ -42,7 +33,7 @@ def test_forward_and_gradients_are_as_exact_as_plain(blocks, dtype, case):
 
 
 def test_a_row_too_wide_for_registers():
-    case = Case(rows=(2,), width=triton_rms_norm.WHOLE_ROW_FORWARD // 4 + 1)
+    case = Case(rows=(2,), width=triton_tiles.WHOLE_ROW_FORWARD // 4 + 1)
     judge(case, [norm.inputs_of(case, torch.float32)])
 
 

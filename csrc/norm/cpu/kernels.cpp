@@ -1,11 +1,16 @@
-// y = hidden * r * (offset + weight),  hidden = x + residual,  r = 1 / sqrt(mean(hidden^2) + eps)
+// y = n * (offset + weight) + bias,  n = (hidden - m) * r,  hidden = x + residual
 //
-// Each row is read twice, from memory for its mean square and from the cache for the result, so that a row costs
-// the memory one read and one write. Backward needs two sums over the row, and finds them in one such pass.
+//     RMSNorm      m = 0             r = 1 / sqrt(mean(hidden^2) + eps)
+//     LayerNorm    m = mean(hidden)  r = 1 / sqrt(mean((hidden - m)^2) + eps)
+//
+// A row is read from memory once, by the pass that sums over it, and then from the cache, so that it costs the memory
+// one read and one write. For LayerNorm that pass sums hidden - shift and its square: exact where the shift is near the
+// mean (see kSample).
 
 #include "kernels.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <type_traits>
 
@@ -27,38 +32,140 @@ struct Inputs {
     const T *x, *residual;  // residual is null without kResidual
 };
 
-// A row that is summed is read back from `sum`: the place of the new residual, or where that is written past the
-// caches, scratch memory. It holds the sum as rounded for storage, so that backward sees the same numbers.
-template <class T, class W, bool kPastCache, bool kResidual>
-void forward_row(const Forward& p, Inputs<T> row, Inputs<T> next, T* y, T* hidden, T* sum_row) {
-    const W* weight = static_cast<const W*>(p.weight);
-    Float squares[kSums] = {};
-    for_each_two<T, kSums>(p.width, [&](int64_t column, auto lanes, int slot) {
-        auto h = load(row.x + column, lanes);
-        if constexpr (kResidual) {
-            h = rounded_to<T>(h + load(row.residual + column, lanes));
-            store(sum_row + column, h, lanes);
+template <class T, bool kResidual, class Lanes>
+auto load_hidden(Inputs<T> row, int64_t column, Lanes lanes) {
+    auto h = load(row.x + column, lanes);
+    // As rounded for storage, so that backward sees the same numbers.
+    if constexpr (kResidual) h = rounded_to<T>(h + load(row.residual + column, lanes));
+    return h;
+}
+
+// Means over a row of d = hidden - shift and of its square; for RMSNorm the shift is 0, and `difference` is not found.
+struct Means {
+    float difference, square;
+
+    float variance() const { return square - difference * difference; }
+
+    // A shift further from the mean than the standard deviation costs digits; this one costs half of one.
+    bool need_another_shift() const { return difference * difference > variance(); }
+};
+
+// Adds up this many columns before it adds them to the rest: long sums in float32 lose digits.
+constexpr int64_t kSumBlock = 4096;
+
+// The means over `width` columns of kCount values: add(column, lanes, sums) adds those of a vector to Float
+// sums[kCount].
+template <class T, int kCount, int kSlots, class Add>
+[[gnu::always_inline]] inline std::array<float, kCount> means_over(int64_t width, Add add) {
+    Float totals[kCount] = {};
+    for (int64_t begin = 0; begin < width; begin += kSumBlock) {
+        Float sums[kSlots][kCount] = {};
+        for_each_two<T, kSlots>(std::min(kSumBlock, width - begin),
+                                [&](int64_t column, auto lanes, int slot) { add(begin + column, lanes, sums[slot]); });
+        for (int slot = 0; slot < kSlots; ++slot) {
+            for (int value = 0; value < kCount; ++value) totals[value] += sums[slot][value];
         }
-        squares[slot] += total_of(h * h);
+    }
+    std::array<float, kCount> means;
+    for (int value = 0; value < kCount; ++value) means[value] = sum(totals[value]) / static_cast<float>(width);
+    return means;
+}
+
+// x + residual goes to `sum_row`.
+template <class T, bool kCentred, bool kResidual>
+Means means_of_row(Inputs<T> row, float shift, T* sum_row, int64_t width) {
+    const auto [difference, square] = means_over<T, 2, kSums>(width, [&](int64_t column, auto lanes, Float(&sums)[2]) {
+        auto d = load_hidden<T, kResidual>(row, column, lanes);
+        if constexpr (kResidual) store(sum_row + column, d, lanes);
+        if constexpr (kCentred) {
+            d = only(d - shift, lanes);
+            sums[0] += total_of(d);
+        }
+        sums[1] += total_of(d * d);
     });
-    const float mean = sum(add_up(squares)) / static_cast<float>(p.width);
-    const float r = 1.0f / std::sqrt(mean + p.eps);
+    return {difference, square};
+}
+
+// The first shift is the mean of this part of a row, and of no fewer elements: seldom far from the mean of all.
+constexpr int64_t kSample = 8, kSmallestSample = 64;
+
+template <class T, bool kResidual>
+float mean_of_sample(Inputs<T> row, int64_t width) {
+    const int64_t count =
+        std::min(width, std::max(kSmallestSample, width / kSample / kSmallestSample * kSmallestSample));
+    return means_over<T, 1, kSums>(count, [&](int64_t column, auto lanes, Float(&sums)[1]) {
+        sums[0] += total_of(load_hidden<T, kResidual>(row, column, lanes));
+    })[0];
+}
+
+// n = (hidden - shift) * r - drift; for RMSNorm n = hidden * r.
+template <bool kCentred>
+struct Normaliser {
+    float r, shift, drift;
+
+    Normaliser(float shift, Means means, float eps) : shift(shift) {
+        r = 1.0f / std::sqrt((kCentred ? std::max(means.variance(), 0.0f) : means.square) + eps);
+        drift = means.difference * r;
+    }
+
+    template <class Values>
+    Values operator()(Values hidden) const {
+        if constexpr (kCentred) {
+            return (hidden - shift) * r - drift;
+        } else {
+            return hidden * r;
+        }
+    }
+};
+
+template <class T, bool kCentred, bool kResidual>
+Normaliser<kCentred> normaliser_of_row(Inputs<T> row, T* sum_row, int64_t width, float eps) {
+    float shift = kCentred ? mean_of_sample<T, kResidual>(row, width) : 0.0f;
+    Means means = means_of_row<T, kCentred, kResidual>(row, shift, sum_row, width);
+    if (kCentred && means.need_another_shift()) {
+        shift += means.difference;
+        means = means_of_row<T, kCentred, false>({kResidual ? sum_row : row.x, nullptr}, shift, nullptr, width);
+    }
+    return {shift, means, eps};
+}
+
+template <bool kCentred, class W, class Lanes>
+auto load_weight(const W* weight, float offset, Lanes lanes) {
+    const auto loaded = load(weight, lanes);
+    if constexpr (kCentred) {
+        return loaded;
+    } else {
+        return offset + loaded;
+    }
+}
+
+// `sum_row` is where a row that is summed is read back from: the place of the new residual, or scratch memory where
+// that is written past the caches, or not at all.
+template <class T, class W, bool kCentred, bool kPastCache, bool kResidual>
+void forward_row(const Forward& p, Inputs<T> row, Inputs<T> next, T* y, T* hidden, T* sum_row) {
+    const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
+    const auto normalise = normaliser_of_row<T, kCentred, kResidual>(row, sum_row, p.width, p.eps);
     const T* from = kResidual ? sum_row : row.x;
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
         fetch(next.x + column, lanes);
         if constexpr (kResidual) fetch(next.residual + column, lanes);
-        auto normalised = load(from + column, lanes) * r;
-        if (weight) normalised = normalised * (p.offset + load(weight + column, lanes));
+        auto n = normalise(load(from + column, lanes));
+        if (weight) n = n * load_weight<kCentred>(weight + column, p.offset, lanes);
+        if constexpr (kCentred) {
+            if (bias) n = n + load(bias + column, lanes);
+        }
         if constexpr (kPastCache) {
-            if constexpr (kResidual) copy_past_cache(hidden + column, from + column, lanes);
-            store_past_cache(y + column, normalised, lanes);
+            if constexpr (kResidual) {
+                if (hidden) copy_past_cache(hidden + column, from + column, lanes);
+            }
+            store_past_cache(y + column, n, lanes);
         } else {
-            store(y + column, normalised, lanes);
+            store(y + column, n, lanes);
         }
     });
 }
 
-template <class T, class W, bool kPastCache, bool kResidual>
+template <class T, class W, bool kCentred, bool kPastCache, bool kResidual>
 void forward_rows(const Forward& p, int64_t begin, int64_t end, T* scratch) {
     const auto inputs = [&](int64_t row) {
         const T* residual = static_cast<const T*>(p.residual);
@@ -66,60 +173,106 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end, T* scratch) {
                          kResidual ? residual + p.residual_rows(row) : nullptr};
     };
     for (int64_t row = begin; row < end; ++row) {
-        T* hidden = kResidual ? static_cast<T*>(p.hidden) + row * p.width : nullptr;
-        forward_row<T, W, kPastCache, kResidual>(p, inputs(row), inputs(std::min(row + 1, end - 1)),
-                                                 static_cast<T*>(p.y) + row * p.width, hidden,
-                                                 kPastCache ? scratch : hidden);
+        T* hidden = p.hidden ? static_cast<T*>(p.hidden) + row * p.width : nullptr;
+        forward_row<T, W, kCentred, kPastCache, kResidual>(p, inputs(row), inputs(std::min(row + 1, end - 1)),
+                                                           static_cast<T*>(p.y) + row * p.width, hidden,
+                                                           p.needs_scratch() ? scratch : hidden);
     }
     if (kPastCache) fence_stores_past_cache();
 }
 
-// With g = grad * (offset + weight):  d_hidden = r * (g - hidden * r^2 * mean(g * hidden)) + grad_hidden
-template <class T, class W>
+// With g = grad * (offset + weight), each followed by + grad_hidden:
+//     RMSNorm      d_hidden = r * (g - hidden * share)      share = r^2 mean(g hidden)
+//     LayerNorm    d_hidden = r * (g - n * share - mean)    share = mean(g n),  mean = mean(g)
+template <bool kCentred>
+struct RowGradient {
+    Normaliser<kCentred> normalise;
+    float share, mean;
+};
+
+// Means over a row that backward needs, of d = hidden - shift.
+struct BackwardMeans : Means {
+    float product, gradient;  // of d g, and where kCentred of g
+};
+
+template <class T, bool kCentred, class Weighted>
+BackwardMeans backward_means(const T* grad, const T* hidden, float shift, int64_t width, const Weighted& weighted) {
+    const auto [difference, square, product, gradient] =
+        means_over<T, 4, kSums / 2>(width, [&](int64_t column, auto lanes, Float(&sums)[4]) {
+            auto d = load(hidden + column, lanes);
+            const auto g = weighted(load(grad + column, lanes), column, lanes);
+            if constexpr (kCentred) {
+                d = only(d - shift, lanes);
+                sums[0] += total_of(d);
+                sums[3] += total_of(g);
+            }
+            sums[1] += total_of(d * d);
+            sums[2] += total_of(d * g);
+        });
+    return {{difference, square}, product, gradient};
+}
+
+template <class T, bool kCentred, class Weighted>
+RowGradient<kCentred> gradient_of_row(const Backward& p, const T* grad, const T* hidden, const Weighted& weighted) {
+    float shift = kCentred ? mean_of_sample<T, false>({hidden, nullptr}, p.width) : 0.0f;
+    BackwardMeans means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
+    if (kCentred && means.need_another_shift()) {
+        shift += means.difference;
+        means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
+    }
+    const Normaliser<kCentred> normalise(shift, means, p.eps);
+    const float r = normalise.r;
+    if constexpr (kCentred) {
+        return {normalise, means.product * r - means.gradient * normalise.drift, means.gradient};
+    } else {
+        return {normalise, r * r * means.product, 0.0f};
+    }
+}
+
+template <class Values, class Lanes>
+void add_to(float* sums, Values values, Lanes lanes) {
+    store(sums, load(sums, lanes) + values, lanes);
+}
+
+template <class T, class W, bool kCentred>
 void backward_row(const Backward& p, const T* grad, const T* hidden, const T* grad_hidden, T* d_hidden,
-                  float* d_weight) {
+                  ColumnSums sums) {
     const W* weight = static_cast<const W*>(p.weight);
     const auto weighted = [&](auto g, int64_t column, auto lanes) {
-        return weight ? g * (p.offset + load(weight + column, lanes)) : g;
+        return weight ? g * load_weight<kCentred>(weight + column, p.offset, lanes) : g;
     };
-    constexpr int kPairs = kSums / 2;
-    Float squares[kPairs] = {}, products[kPairs] = {};
-    for_each_two<T, kPairs>(p.width, [&](int64_t column, auto lanes, int slot) {
-        const auto h = load(hidden + column, lanes);
-        squares[slot] += total_of(h * h);
-        products[slot] += total_of(h * weighted(load(grad + column, lanes), column, lanes));
-    });
-    const float width = static_cast<float>(p.width);
-    const float r = 1.0f / std::sqrt(sum(add_up(squares)) / width + p.eps);
-    const float projection = r * r * (sum(add_up(products)) / width);
+    const auto row = gradient_of_row<T, kCentred>(p, grad, hidden, weighted);
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
-        const auto h = load(hidden + column, lanes);
+        const auto h = load(hidden + column, lanes), n = row.normalise(h);
         const auto g = load(grad + column, lanes);
-        auto d = r * (weighted(g, column, lanes) - h * projection);
+        auto d = weighted(g, column, lanes) - (kCentred ? n : h) * row.share;
+        if constexpr (kCentred) d = d - row.mean;
+        d = d * row.normalise.r;
         if (grad_hidden) d = d + load(grad_hidden + column, lanes);
-        if (d_weight) {
-            store(d_weight + column, load(d_weight + column, lanes) + g * (h * r), lanes);
+        if (sums.weight) add_to(sums.weight + column, g * n, kept(lanes));
+        if constexpr (kCentred) {
+            if (sums.bias) add_to(sums.bias + column, g, kept(lanes));
         }
         store(d_hidden + column, d, lanes);
     });
 }
 
-template <class T, class W>
-void backward_rows(const Backward& p, int64_t begin, int64_t end, float* d_weight) {
+template <class T, class W, bool kCentred>
+void backward_rows(const Backward& p, int64_t begin, int64_t end, ColumnSums sums) {
     for (int64_t row = begin; row < end; ++row) {
         const T* grad_hidden = static_cast<const T*>(p.grad_hidden);
-        backward_row<T, W>(p, static_cast<const T*>(p.grad) + p.grad_rows(row),
-                           static_cast<const T*>(p.hidden) + p.hidden_rows(row),
-                           grad_hidden ? grad_hidden + p.grad_hidden_rows(row) : nullptr,
-                           static_cast<T*>(p.d_hidden) + row * p.width, d_weight);
+        backward_row<T, W, kCentred>(p, static_cast<const T*>(p.grad) + p.grad_rows(row),
+                                     static_cast<const T*>(p.hidden) + p.hidden_rows(row),
+                                     grad_hidden ? grad_hidden + p.grad_hidden_rows(row) : nullptr,
+                                     static_cast<T*>(p.d_hidden) + row * p.width, sums);
     }
 }
 
-// The weight is of the input's type, or float32.
-template <class Function>
-void with_types(Dtype dtype, Dtype weight_dtype, Function function) {
-    with_type(dtype, [&](auto* t) {
-        if (weight_dtype == dtype) {
+// The weight and the bias are of the input's type, or float32.
+template <class Call, class Function>
+void with_types(const Call& p, Function function) {
+    with_type(p.dtype, [&](auto* t) {
+        if (p.weight_dtype == p.dtype) {
             function(t, t);
         } else {
             function(t, static_cast<float*>(nullptr));
@@ -127,29 +280,41 @@ void with_types(Dtype dtype, Dtype weight_dtype, Function function) {
     });
 }
 
+template <class T, class W, bool kCentred>
+void forward_with(const Forward& p, int64_t begin, int64_t end, void* scratch) {
+    const auto run =
+        p.residual
+            ? (p.past_cache ? forward_rows<T, W, kCentred, true, true> : forward_rows<T, W, kCentred, false, true>)
+            : (p.past_cache ? forward_rows<T, W, kCentred, true, false> : forward_rows<T, W, kCentred, false, false>);
+    run(p, begin, end, static_cast<T*>(scratch));
+}
+
 void forward(const Forward& p, int64_t begin, int64_t end, void* scratch) {
-    with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
+    with_types(p, [&](auto* t, auto* w) {
         using T = std::remove_pointer_t<decltype(t)>;
         using W = std::remove_pointer_t<decltype(w)>;
-        const auto run = p.residual
-                             ? (p.past_cache ? forward_rows<T, W, true, true> : forward_rows<T, W, false, true>)
-                             : (p.past_cache ? forward_rows<T, W, true, false> : forward_rows<T, W, false, false>);
-        run(p, begin, end, static_cast<T*>(scratch));
+        (p.centred ? forward_with<T, W, true> : forward_with<T, W, false>)(p, begin, end, scratch);
     });
 }
 
-void backward(const Backward& p, int64_t begin, int64_t end, float* d_weight) {
-    with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
-        backward_rows<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(w)>>(p, begin, end, d_weight);
+void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums) {
+    with_types(p, [&](auto* t, auto* w) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        using W = std::remove_pointer_t<decltype(w)>;
+        (p.centred ? backward_rows<T, W, true> : backward_rows<T, W, false>)(p, begin, end, sums);
     });
 }
 
-void sum_parts(const float* parts, int64_t count, int64_t width, void* total, Dtype dtype, int64_t begin, int64_t end) {
-    with_type(dtype, [&](auto* t) {
-        auto* to = static_cast<decltype(t)>(total) + begin;
-        for_each_vector(end - begin, [&](int64_t column, auto lanes, int) {
-            Float value = {};
-            for (int64_t part = 0; part < count; ++part) value += load(parts + part * width + begin + column, lanes);
+void sum_parts(const Backward& p, Parts parts, void* total, int64_t begin, int64_t end) {
+    with_types(p, [&](auto* t, auto* w) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        auto* to = static_cast<decltype(w)>(total) + begin;
+        const float* from = parts.sums + begin;
+        for_each_two<T>(end - begin, [&](int64_t column, auto lanes, int) {
+            auto value = load(from + column, kept(lanes));
+            for (int64_t part = 1; part < parts.count; ++part) {
+                value = value + load(from + part * parts.stride + column, kept(lanes));
+            }
             store(to + column, value, lanes);
         });
     });

@@ -23,84 +23,157 @@ bool aligned(const void* pointer, int64_t row_bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0 && row_bytes % 64 == 0;
 }
 
-bool is_weight_of(const std::optional<Tensor>& weight, const Tensor& x) {
-    return !weight || (weight->dim() == 1 && weight->size(0) == x.sizes().back() && same_kind(*weight, x, true));
+bool is_parameter_of(const Optional& parameter, const Tensor& x) {
+    return !parameter ||
+           (parameter->dim() == 1 && parameter->size(0) == x.sizes().back() && same_kind(*parameter, x, true));
 }
 
-bool is_like(const std::optional<Tensor>& tensor, const Tensor& x) { return !tensor || nearpeak::is_like(*tensor, x); }
+bool are_parameters_of(const Optional& weight, const Optional& bias, const Tensor& x) {
+    return is_parameter_of(weight, x) && is_parameter_of(bias, x) &&
+           (!weight || !bias || weight->scalar_type() == bias->scalar_type());
+}
+
+bool is_like(const Optional& tensor, const Tensor& x) { return !tensor || nearpeak::is_like(*tensor, x); }
+
+bool is_out_like(const Optional& out, const Tensor& x) { return is_like(out, x) && (!out || out->is_contiguous()); }
 
 bool has_width(const Tensor& x) { return x.dim() > 0 && x.sizes().back() > 0 && x.is_cpu(); }
 
-void run_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
-                 double eps, double offset, const Tensor& y, const Tensor* hidden, bool reused) {
+void run_forward(const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias,
+                 const Formula& formula, const Tensor& y, const Tensor* hidden, bool reused) {
     const int64_t elements = x.numel();
     if (elements == 0) return;
-    const DescribedForward described(x, weight, residual, eps, offset, y, hidden);
+    const DescribedForward described(x, residual, weight, bias, formula, y, hidden);
     Forward p{described.call, false};
     const int64_t element_size = static_cast<int64_t>(x.element_size());
     p.past_cache = reused && elements * element_size >= past_cache_bytes() && aligned(p.y, p.width * element_size) &&
                    aligned(p.hidden, p.width * element_size);
     const Kernels* kernels = kKernels[selected_isa()];
     torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-        kernels->forward(p, begin, end, thread_scratch(p.past_cache ? p.width : 0));
+        kernels->forward(p, begin, end, thread_scratch(p.needs_scratch() ? p.width : 0));
     });
 }
 
-Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, double offset) {
-    require(has_width(x) && is_weight_of(weight, x), "rms_norm");
+Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset) {
+    require(has_width(x) && is_parameter_of(weight, x), "rms_norm");
     Tensor y = empty_laid_out_like(x);
-    run_forward(x, weight, std::nullopt, eps, offset, y, nullptr, false);
+    run_forward(x, std::nullopt, weight, std::nullopt, rms_norm_formula(eps, offset), y, nullptr, false);
     return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
-                                        double eps, double offset) {
-    require(has_width(x) && is_like(residual, x) && is_weight_of(weight, x), "add_rms_norm");
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight, double eps,
+                                        double offset) {
+    require(has_width(x) && is_like(residual, x) && is_parameter_of(weight, x), "add_rms_norm");
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
-    run_forward(x, weight, residual, eps, offset, y, &hidden, false);
+    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset), y, &hidden, false);
     return {y, hidden};
 }
 
-void rms_norm_out(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
-                  double eps, double offset, Tensor out, std::optional<Tensor> residual_out) {
-    require(has_width(x) && is_like(residual, x) && is_weight_of(weight, x) && is_like(out, x) && out.is_contiguous() &&
-                is_like(residual_out, x) && residual.has_value() == residual_out.has_value() &&
-                (!residual_out || residual_out->is_contiguous()),
+void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual, double eps, double offset,
+                  Tensor out, Optional residual_out) {
+    require(has_width(x) && is_like(residual, x) && is_parameter_of(weight, x) && is_out_like(out, x) &&
+                is_out_like(residual_out, x) && residual.has_value() == residual_out.has_value(),
             "rms_norm_out");
-    run_forward(x, weight, residual, eps, offset, out, residual_out ? &*residual_out : nullptr, true);
+    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset), out,
+                residual_out ? &*residual_out : nullptr, true);
 }
 
-// The weight gradient is summed over fixed parts of the rows, and these in a fixed order: the same bits whatever the
-// number of threads.
+Tensor layer_norm(const Tensor& x, const Optional& weight, const Optional& bias, double eps) {
+    require(has_width(x) && are_parameters_of(weight, bias, x), "layer_norm");
+    Tensor y = empty_laid_out_like(x);
+    run_forward(x, std::nullopt, weight, bias, layer_norm_formula(eps), y, nullptr, false);
+    return y;
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Optional& weight,
+                                          const Optional& bias, double eps) {
+    require(has_width(x) && is_like(residual, x) && are_parameters_of(weight, bias, x), "add_layer_norm");
+    Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
+    run_forward(x, residual, weight, bias, layer_norm_formula(eps), y, &hidden, false);
+    return {y, hidden};
+}
+
+Tensor layer_norm_of_sum(const Tensor& x, const Tensor& residual, const Optional& weight, const Optional& bias,
+                         double eps) {
+    require(has_width(x) && is_like(residual, x) && are_parameters_of(weight, bias, x), "layer_norm_of_sum");
+    Tensor y = empty_laid_out_like(x);
+    run_forward(x, residual, weight, bias, layer_norm_formula(eps), y, nullptr, false);
+    return y;
+}
+
+void layer_norm_out(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual, double eps,
+                    Tensor out, Optional residual_out) {
+    require(has_width(x) && is_like(residual, x) && are_parameters_of(weight, bias, x) && is_out_like(out, x) &&
+                is_out_like(residual_out, x) && (residual || !residual_out),
+            "layer_norm_out");
+    run_forward(x, residual, weight, bias, layer_norm_formula(eps), out, residual_out ? &*residual_out : nullptr, true);
+}
+
+// The gradients of weight and bias are summed over fixed parts of the rows, and these in a fixed order: the same bits
+// whatever the number of threads.
 constexpr int64_t kParts = 32, kRowsPerPart = 16;
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden,
-                                             const std::optional<Tensor>& weight,
-                                             const std::optional<Tensor>& grad_hidden, double eps, double offset) {
-    require(has_width(hidden) && is_like(grad, hidden) && is_weight_of(weight, hidden) && is_like(grad_hidden, hidden),
-            "rms_norm_backward");
-    Tensor d_hidden = empty_laid_out_like(hidden);
-    const DescribedBackward described(grad, hidden, weight, grad_hidden, eps, offset, d_hidden);
-    const Backward& p = described.call;
-    const Kernels* kernels = kKernels[selected_isa()];
-    const int64_t rows = p.rows;
-    const int64_t parts = std::clamp<int64_t>(rows / kRowsPerPart, 1, kParts);
-    if (!weight) {
-        torch::stable::parallel_for(0, rows, grain(p.width),
-                                    [&](int64_t begin, int64_t end) { kernels->backward(p, begin, end, nullptr); });
-        return {d_hidden, empty_like_dtype(d_hidden, {0})};
+Tensor gradient_of(const Optional& parameter, const Tensor& hidden) {
+    return parameter ? empty_laid_out_like(*parameter) : empty_like_dtype(hidden, {0});
+}
+
+// Writes d_weight and d_bias, unless null, from the sums of each part.
+void run_sums(const Backward& p, const Kernels* kernels, Parts parts, const Tensor* d_weight, const Tensor* d_bias) {
+    const int64_t blocks = (p.width + kColumnBlock - 1) / kColumnBlock;
+    const int64_t blocks_per_thread = std::max<int64_t>(1, kElementsPerThread / parts.count / kColumnBlock);
+    for (const Tensor* total : {d_weight, d_bias}) {
+        if (!total) continue;
+        torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
+            kernels->sum_parts(p, parts, total->mutable_data_ptr(), begin * kColumnBlock,
+                               std::min(end * kColumnBlock, p.width));
+        });
+        parts.sums += padded(p.width);
     }
-    Tensor d_weight = empty_laid_out_like(*weight);
-    Tensor sums = empty_floats({parts, p.width});
+}
+
+void run_backward(const Backward& p, const Tensor* d_weight, const Tensor* d_bias) {
+    const Kernels* kernels = kKernels[selected_isa()];
+    if (!d_weight && !d_bias) {
+        torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
+            kernels->backward(p, begin, end, {nullptr, nullptr});
+        });
+        return;
+    }
+    const int64_t parts = std::clamp<int64_t>(p.rows / kRowsPerPart, 1, kParts);
+    const int64_t of_weight = d_weight ? padded(p.width) : 0, stride = of_weight + (d_bias ? padded(p.width) : 0);
+    Tensor sums = empty_floats({parts, stride});
     torch::stable::zero_(sums);
-    float* sums_data = static_cast<float*>(sums.mutable_data_ptr());
+    float* data = static_cast<float*>(sums.mutable_data_ptr());
     parallel_tasks(parts, [&](int64_t part) {
-        kernels->backward(p, rows * part / parts, rows * (part + 1) / parts, sums_data + part * p.width);
+        float* of_part = data + part * stride;
+        kernels->backward(p, p.rows * part / parts, p.rows * (part + 1) / parts,
+                          {d_weight ? of_part : nullptr, d_bias ? of_part + of_weight : nullptr});
     });
-    torch::stable::parallel_for(0, p.width, kElementsPerThread / parts, [&](int64_t begin, int64_t end) {
-        kernels->sum_parts(sums_data, parts, p.width, d_weight.mutable_data_ptr(), p.weight_dtype, begin, end);
-    });
+    run_sums(p, kernels, {data, parts, stride}, d_weight, d_bias);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
+                                             const Optional& grad_hidden, double eps, double offset) {
+    require(
+        has_width(hidden) && is_like(grad, hidden) && is_parameter_of(weight, hidden) && is_like(grad_hidden, hidden),
+        "rms_norm_backward");
+    Tensor d_hidden = empty_laid_out_like(hidden), d_weight = gradient_of(weight, hidden);
+    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden, rms_norm_formula(eps, offset),
+                                      d_hidden);
+    run_backward(described.call, weight ? &d_weight : nullptr, nullptr);
     return {d_hidden, d_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
+                                                       const Optional& bias, const Optional& grad_hidden, double eps) {
+    require(has_width(hidden) && is_like(grad, hidden) && are_parameters_of(weight, bias, hidden) &&
+                is_like(grad_hidden, hidden),
+            "layer_norm_backward");
+    Tensor d_hidden = empty_laid_out_like(hidden);
+    Tensor d_weight = gradient_of(weight, hidden), d_bias = gradient_of(bias, hidden);
+    const DescribedBackward described(grad, hidden, weight, bias, grad_hidden, layer_norm_formula(eps), d_hidden);
+    run_backward(described.call, weight ? &d_weight : nullptr, bias ? &d_bias : nullptr);
+    return {d_hidden, d_weight, d_bias};
 }
 
 }  // namespace
@@ -112,6 +185,13 @@ STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("add_rms_norm_inference", TORCH_BOX(&add_rms_norm));
     library.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
     library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+    library.impl("layer_norm", TORCH_BOX(&layer_norm));
+    library.impl("layer_norm_inference", TORCH_BOX(&layer_norm));
+    library.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+    library.impl("add_layer_norm_inference", TORCH_BOX(&add_layer_norm));
+    library.impl("layer_norm_of_sum", TORCH_BOX(&layer_norm_of_sum));
+    library.impl("layer_norm_out", TORCH_BOX(&layer_norm_out));
+    library.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
 }
 
 }  // namespace nearpeak::norm

@@ -1,4 +1,4 @@
-// The CUDA kernels of the operators that kernels/nearpeak/norm/operator.py defines.
+// The CUDA kernels of RMSNorm's operators, which kernels/nearpeak/norm/operator.py defines. LayerNorm has none.
 
 #include <optional>
 #include <tuple>
@@ -12,29 +12,29 @@ namespace {
 
 using nearpeak::cuda::OnDeviceOf;
 
-void run_forward(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
-                 double eps, double offset, const Tensor& y, const Tensor* hidden) {
+void run_forward(const Tensor& x, const Optional& residual, const Optional& weight, const Formula& formula,
+                 const Tensor& y, const Tensor* hidden) {
     if (x.numel() == 0) return;
     const OnDeviceOf device(x);
-    forward(DescribedForward(x, weight, residual, eps, offset, y, hidden).call, device.stream());
+    forward(DescribedForward(x, residual, weight, std::nullopt, formula, y, hidden).call, device.stream());
 }
 
-Tensor rms_norm(const Tensor& x, const std::optional<Tensor>& weight, double eps, double offset) {
+Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset) {
     Tensor y = empty_laid_out_like(x);
-    run_forward(x, weight, std::nullopt, eps, offset, y, nullptr);
+    run_forward(x, std::nullopt, weight, rms_norm_formula(eps, offset), y, nullptr);
     return y;
 }
 
-std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const std::optional<Tensor>& weight,
-                                        double eps, double offset) {
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight, double eps,
+                                        double offset) {
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
-    run_forward(x, weight, residual, eps, offset, y, &hidden);
+    run_forward(x, residual, weight, rms_norm_formula(eps, offset), y, &hidden);
     return {y, hidden};
 }
 
-void rms_norm_out(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& residual,
-                  double eps, double offset, Tensor out, std::optional<Tensor> residual_out) {
-    run_forward(x, weight, residual, eps, offset, out, residual_out ? &*residual_out : nullptr);
+void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual, double eps, double offset,
+                  Tensor out, Optional residual_out) {
+    run_forward(x, residual, weight, rms_norm_formula(eps, offset), out, residual_out ? &*residual_out : nullptr);
 }
 
 Tensor empty_floats_beside(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -44,7 +44,7 @@ Tensor empty_floats_beside(const Tensor& like, std::initializer_list<int64_t> si
 // Runs the kernels of `p`, whose inputs and d_hidden are set, and writes d_weight where there is a weight.
 void run_backward(Backward& p, const Tensor& hidden, Tensor* d_weight, void* stream) {
     const BackwardPlan plan = plan_backward(p);
-    std::optional<Tensor> row_sums, partials;
+    Optional row_sums, partials;
     if (plan.row_sums) {
         row_sums = empty_floats_beside(hidden, {2, p.rows});
         p.row_sums = static_cast<float*>(row_sums->mutable_data_ptr());
@@ -58,14 +58,14 @@ void run_backward(Backward& p, const Tensor& hidden, Tensor* d_weight, void* str
         sum_partials({p.partials, plan.partials, p.width, d_weight->mutable_data_ptr(), p.weight_dtype}, stream);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden,
-                                             const std::optional<Tensor>& weight,
-                                             const std::optional<Tensor>& grad_hidden, double eps, double offset) {
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
+                                             const Optional& grad_hidden, double eps, double offset) {
     Tensor d_hidden = empty_laid_out_like(hidden);
     Tensor d_weight = weight ? empty_laid_out_like(*weight) : empty_like_dtype(hidden, {0});
     if (hidden.numel() == 0) return {d_hidden, torch::stable::zero_(d_weight)};
     const OnDeviceOf device(hidden);
-    const DescribedBackward described(grad, hidden, weight, grad_hidden, eps, offset, d_hidden);
+    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden, rms_norm_formula(eps, offset),
+                                      d_hidden);
     Backward p{described.call, nullptr, nullptr};
     run_backward(p, hidden, weight ? &d_weight : nullptr, device.stream());
     return {d_hidden, d_weight};

@@ -1,6 +1,6 @@
-"""Normalisation: RMSNorm with fused residual addition."""
+"""Normalisation: RMSNorm and LayerNorm, with fused residual addition."""
 
-from .layers import RMSNorm
-from .operator import rms_norm
+from .layers import LayerNorm, RMSNorm
+from .operator import layer_norm, rms_norm
 
-__all__ = ["RMSNorm", "rms_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "layer_norm", "rms_norm"]

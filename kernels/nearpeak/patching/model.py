@@ -45,9 +45,9 @@ class _Findings:
 def patch(model: torch.nn.Module) -> PatchReport:
     """Let nearpeak's kernels serve what they can of a model, in place, and say what that was.
 
-    Served are RMSNorm modules (of any class that computes it), and in transformers models the rotary embedding and
-    attention. Weights are shared, not copied; names, hooks, state dict and isinstance checks stay; no other model
-    changes, even one that shares the configuration. A model that is patched already is left as it is.
+    Served are RMSNorm and LayerNorm modules (of any class that computes one of them), and in transformers models the
+    rotary embedding and attention. Weights are shared, not copied; names, hooks, state dict and isinstance checks stay;
+    no other model changes, even one that shares the configuration. A model that is patched already is left as it is.
 
     Args:
         model: any torch.nn.Module; of a transformers model the whole that is called (LlamaForCausalLM, not the
@@ -141,8 +141,7 @@ def _serve_module(module, record, findings) -> None:
         return
     formula = norms.formula_of(module)
     if formula is not None:
-        detail = "nearpeak.rms_norm" + (f", offset {formula.offset:g}" if formula.offset else "")
-        _swap("norm", module, norms.serving_class(type(module), formula), detail, record, findings)
+        _swap("norm", module, norms.serving_class(type(module), formula), formula.detail, record, findings)
     elif "RMSNorm" in layer:
         findings.left_alone["norm", layer, "computes something else than RMSNorm over its last dimension"] += 1
     elif any(True for _ in module.parameters(recurse=False)):
