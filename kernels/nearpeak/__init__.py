@@ -5,6 +5,7 @@ from .attention import attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
+from .linear import linear
 from .norm import rms_norm
 from .patching import PatchReport, patch, patched, unpatch
 from .rotary import apply_rotary
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "explain",
     "geglu",
+    "linear",
     "nn",
     "patch",
     "patched",

@@ -124,6 +124,13 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """As torch.autocast treats the arguments of its own function, wherever the kernels would not see it."""
+    if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
 def mark_written(*tensors: torch.Tensor | None) -> None:
     """Tell autograd that a kernel wrote into these tensors, as PyTorch's own in-place operators do."""
     if not torch.compiler.is_compiling():

@@ -11,7 +11,6 @@
 #include <cmath>
 
 #include "prefill.h"
-#include "register_tiles.h"
 #include "vector_products.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {

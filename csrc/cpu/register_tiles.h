@@ -2,20 +2,24 @@
 //
 //     out[row][lane] = combine(out[row][lane], sum over steps of left[row][step] * right[step][lane])
 //
-// Each left element is broadcast against a row of `right`. All of attention's vector products take this form, forward
-// and backward; they differ in which matrix lies how.
+// Each left element is broadcast against a row of `right`. All vector products of matrices take this form, forward and
+// backward; they differ in which matrix lies how.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "panel.h"
+#include "vector.h"
 
-namespace nearpeak::attention::NEARPEAK_ISA {
+namespace nearpeak::NEARPEAK_ISA {
 
+// Two vectors: per broadcast element two multiply-adds, so that a tile of 6 x 2 (12 x 2 with 32 registers) needs
+// 8 (14) loads for its 12 (24) multiply-adds, and the multipliers, not the loads, are the limit.
+constexpr int kPanelVectors = 2;
+constexpr int kPanel = kPanelVectors * kLanes;
 constexpr int kTile = kLanes == 16 ? 12 : 6;
 
-// Dimensions that are summed in one chain. Longer ones round more: at head_dim 256, one chain errs twice as much as
+// Steps that are summed in one chain. Longer ones round more: at 256 steps in float32, one chain errs twice as much as
 // PyTorch's matrix product; chains of 64 do not.
 constexpr int64_t kChain = 64;
 
@@ -63,25 +67,25 @@ inline void multiply_tile(Left left, const float* right, int64_t right_stride, i
 constexpr auto kReplace = [](Float, Float sums, int) { return sums; };
 constexpr auto kAdd = [](Float before, Float sums, int) { return before + sums; };
 
-// out[row][lane] = left[row] . right[lane] over head_dim, in chains. `right` is transposed, head_dim x kPanel.
+// out[row][lane] = left[row] . right[lane] over `steps`, in chains. `right` is transposed, steps x kPanel.
 template <int kRows>
-inline void multiply_rows(const float* left, int64_t left_stride, const float* right, int64_t head_dim, float* out,
+inline void multiply_rows(const float* left, int64_t left_stride, const float* right, int64_t steps, float* out,
                           int64_t out_stride) {
-    multiply_tile<kRows>(RowWise<kRows>(left, left_stride), right, kPanel, std::min(kChain, head_dim), out, out_stride,
+    multiply_tile<kRows>(RowWise<kRows>(left, left_stride), right, kPanel, std::min(kChain, steps), out, out_stride,
                          kReplace);
-    for (int64_t d = kChain; d < head_dim; d += kChain) {
-        multiply_tile<kRows>(RowWise<kRows>(left + d, left_stride), right + d * kPanel, kPanel,
-                             std::min(kChain, head_dim - d), out, out_stride, kAdd);
+    for (int64_t step = kChain; step < steps; step += kChain) {
+        multiply_tile<kRows>(RowWise<kRows>(left + step, left_stride), right + step * kPanel, kPanel,
+                             std::min(kChain, steps - step), out, out_stride, kAdd);
     }
 }
 
-// Calls function(std::integral_constant<int, count>) for a count in [1, kTile] known only at run time.
-template <class Function, int kCount = kTile>
+// Calls function(std::integral_constant<int, count>) for a count in [1, kCount] known only at run time.
+template <int kCount = kTile, class Function>
 inline void with_count(int64_t count, Function function) {
     if constexpr (kCount > 1) {
-        if (count != kCount) return with_count<Function, kCount - 1>(count, function);
+        if (count != kCount) return with_count<kCount - 1>(count, function);
     }
     function(std::integral_constant<int, kCount>{});
 }
 
-}  // namespace nearpeak::attention::NEARPEAK_ISA
+}  // namespace nearpeak::NEARPEAK_ISA
