@@ -6,13 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-from . import attention, feedforward, norm, overhead, rotary
+from . import attention, feedforward, linear, norm, overhead, rotary
 from .cases import Case
 
 SUITES = {
     "norm": norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
+    "linear": linear.CASES,
     "attention": attention.CASES,
     "overhead": overhead.CASES,
 }

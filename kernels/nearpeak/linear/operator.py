@@ -7,7 +7,7 @@ dtypes: those calls are handed to torch.
 import torch
 
 from .. import backends, operators
-from ..checks import check_floating, check_same, check_same_kind
+from ..checks import check_floating, check_same_kind
 from . import reference
 
 KERNELS = ("cpu",)
@@ -75,7 +75,7 @@ def _check_weight_gradient(grad, x):
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias = inputs
+    x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
