@@ -5,6 +5,8 @@ Where the processor has no units for a 16-bit type, torch's own product of it is
 users do instead, which takes twice the memory.
 """
 
+import math
+
 import nearpeak
 import torch
 import torch.nn.functional as F
@@ -30,56 +32,60 @@ QUICK_BACKWARD = [(32, 640, 2048)]
 MOST_NAIVE = 2**30
 
 
-linear = Operator(
-    name="linear",
-    shape="{rows}x{inputs}x{outputs}",
-    inputs=lambda random, rows, inputs, outputs: {
-        "x": random(rows, inputs),
-        "weight": random(outputs, inputs),
-        "bias": random(outputs),
-    },
-    reference=reference.linear,
-    plain=F.linear,
-    work={
-        "forward": lambda rows, inputs, outputs: Work(
-            2 * rows * inputs * outputs, (rows + outputs) * inputs + outputs, rows * outputs
-        ),
-        "backward": lambda rows, inputs, outputs: Work(
-            4 * rows * inputs * outputs,
-            rows * outputs + (rows + outputs) * inputs,
-            (rows + outputs) * inputs + outputs,
-        ),
-    },
-    kernels={"forward": "linear_inference", "backward": "linear_weight_gradient"},
-    differentiable=("x", "weight", "bias"),
-)
+def _operator(narrow):
+    """The layer; in 16 bits it is held against the same layer widened to float32 too."""
+    operator = Operator(
+        name="linear",
+        shape="{rows}x{inputs}x{outputs}",
+        inputs=lambda random, rows, inputs, outputs: {
+            "x": random(rows, inputs),
+            "weight": random(outputs, inputs),
+            "bias": random(outputs),
+        },
+        reference=reference.linear,
+        plain=F.linear,
+        work={
+            "forward": lambda rows, inputs, outputs: Work(
+                2 * rows * inputs * outputs, (rows + outputs) * inputs + outputs, rows * outputs
+            ),
+            "backward": lambda rows, inputs, outputs: Work(
+                4 * rows * inputs * outputs,
+                rows * outputs + (rows + outputs) * inputs,
+                (rows + outputs) * inputs + outputs,
+            ),
+        },
+        kernels={"forward": "linear_inference", "backward": "linear_weight_gradient"},
+        differentiable=("x", "weight", "bias"),
+    )
+
+    @operator.implementation("nearpeak")
+    def _(x, weight, bias):
+        return lambda: nearpeak.linear(x, weight, bias)
+
+    @operator.implementation("F.linear", baseline=True)
+    def _(x, weight, bias):
+        return lambda: F.linear(x, weight, bias)
+
+    if narrow:
+
+        @operator.implementation("float32", baseline=True, same_result=False)
+        def _(x, weight, bias):
+            wide = [t.float() for t in (x, weight, bias)]
+            return lambda: F.linear(*wide)
+
+    return operator
 
 
-@linear.implementation("nearpeak")
-def _(x, weight, bias):
-    return lambda: nearpeak.linear(x, weight, bias)
-
-
-@linear.implementation("F.linear", baseline=True)
-def _(x, weight, bias):
-    return lambda: F.linear(x, weight, bias)
-
-
-@linear.implementation("float32", baseline=True, same_result=False)
-def _(x, weight, bias):
-    wide = [t.float() for t in (x, weight, bias)]
-    return lambda: F.linear(*wide)
+SINGLE, NARROW = _operator(narrow=False), _operator(narrow=True)
 
 
 def _cases():
+    shapes = [("forward", rows, *sizes) for sizes in (*GEMMA, *MINILM, *BERT, *LLAMA) for rows in ROWS]
+    shapes += [("backward", rows, *sizes) for sizes in BACKWARD_SHAPES for rows in BACKWARD_ROWS]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for inputs, outputs in (*GEMMA, *MINILM, *BERT, *LLAMA):
-            for rows in ROWS:
-                if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
-                    yield _case(dtype, "forward", (rows, inputs, outputs))
-        for inputs, outputs in BACKWARD_SHAPES:
-            for rows in BACKWARD_ROWS:
-                yield _case(dtype, "backward", (rows, inputs, outputs))
+        for direction, *shape in shapes:
+            if dtype is torch.float32 or math.prod(shape) <= MOST_NAIVE:
+                yield _case(dtype, direction, tuple(shape))
 
 
 def _case(dtype, direction, shape):
@@ -87,7 +93,8 @@ def _case(dtype, direction, shape):
     if direction == "forward" and dtype is torch.float32:
         quick = [*QUICK, *QUICK_FLOAT32]
     parameters = dict(zip(("rows", "inputs", "outputs"), shape, strict=True))
-    return Case(linear, parameters, dtype, direction, quick=dtype is not torch.float16 and shape in quick)
+    operator = SINGLE if dtype is torch.float32 else NARROW
+    return Case(operator, parameters, dtype, direction, quick=dtype is not torch.float16 and shape in quick)
 
 
 CASES = list(_cases())

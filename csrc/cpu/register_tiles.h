@@ -42,24 +42,25 @@ struct ColumnWise {
     int64_t stride;
 };
 
-template <int kRows, class Left, class Combine>
+// `right` is kVectors vectors wide.
+template <int kRows, int kVectors = kPanelVectors, class Left, class Combine>
 inline void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
                           int64_t out_stride, Combine combine) {
-    Float sums[kRows][kPanelVectors] = {};
+    Float sums[kRows][kVectors] = {};
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
-        const Float first = load(right), second = load(right + kLanes);
-#pragma GCC unroll 16
+        Float vectors[kVectors];
+        for (int vector = 0; vector < kVectors; ++vector) vectors[vector] = load(right + vector * kLanes);
+#pragma GCC unroll 24
         for (int row = 0; row < kRows; ++row) {
             const Float element = broadcast(left(row, step));
-            sums[row][0] += element * first;
-            sums[row][1] += element * second;
+            for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += element * vectors[vector];
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int row = 0; row < kRows; ++row) {
-        for (int half = 0; half < kPanelVectors; ++half) {
-            float* at = out + row * out_stride + half * kLanes;
-            store(at, combine(load(at), sums[row][half], half));
+        for (int vector = 0; vector < kVectors; ++vector) {
+            float* at = out + row * out_stride + vector * kLanes;
+            store(at, combine(load(at), sums[row][vector], vector));
         }
     }
 }

@@ -30,7 +30,7 @@ class BlockProduct {
     BlockProduct(const Product& product, const Block& its_block, Arena& arena)
         : p(product),
           block(its_block),
-          steps(std::min(narrow() ? kNarrowSteps : kSteps, p.steps)),
+          steps(std::clamp<int64_t>(p.steps, 1, narrow() ? kNarrowSteps : kSteps)),
           left_rows(std::min(narrow() ? kNarrowLeftRows : kLeftRows, rows())),
           // Rows a power of two apart would fall into few sets of the cache.
           left_stride(round_up(steps, kLanes) + kPanel),
@@ -46,7 +46,7 @@ class BlockProduct {
                 const int64_t count = std::min(left_rows, rows() - row);
                 pack_left({block.row_begin + row, block.row_begin + row + count}, chunk);
                 for (int64_t panel = 0; panel < panels(); ++panel) {
-                    multiply_panel(count, chunk, right + panel * steps * kPanel, sums_of(panel) + row * kPanel);
+                    multiply_panel(count, chunk, panel, sums_of(panel) + row * kPanel);
                 }
             }
         }
@@ -92,15 +92,29 @@ class BlockProduct {
         }
     }
 
-    void multiply_panel(int64_t count, Range chunk, const float* panel, float* out) const {
+    // All left rows with one panel. Of a panel whose columns fill one vector only, that one is multiplied.
+    void multiply_panel(int64_t count, Range chunk, int64_t panel, float* out) const {
+        const float* from = right + panel * steps * kPanel;
+        if (columns() - panel * kPanel <= kLanes) {
+            multiply_rows<1>(count, chunk, from, out);
+        } else {
+            multiply_rows<kPanelVectors>(count, chunk, from, out);
+        }
+    }
+
+    template <int kVectors>
+    void multiply_rows(int64_t count, Range chunk, const float* panel, float* out) const {
+        constexpr int kRows = kTile * kPanelVectors / kVectors;
         int64_t row = 0;
-        for (; row + kTile <= count; row += kTile) multiply<kTile>(row, chunk, panel, out + row * kPanel);
-        if (row == count) return;
-        with_count(count - row, [&](auto rest) { multiply<rest>(row, chunk, panel, out + row * kPanel); });
+        for (; row + kRows <= count; row += kRows) multiply<kRows, kVectors>(row, chunk, panel, out + row * kPanel);
+        for (; row < count; row += kTile) {
+            with_count(std::min<int64_t>(kTile, count - row),
+                       [&](auto rows) { multiply<rows, kVectors>(row, chunk, panel, out + row * kPanel); });
+        }
     }
 
     // Chains need not be short where the result is rounded to 16 bits.
-    template <int kRows>
+    template <int kRows, int kVectors>
     void multiply(int64_t row, Range chunk, const float* panel, float* out) const {
         const int64_t chain = std::is_same_v<T, float> ? kChain : steps;
         const float* from = left + row * left_stride;
@@ -108,9 +122,9 @@ class BlockProduct {
             const RowWise<kRows> rows(from + step, left_stride);
             const int64_t count = std::min(chain, chunk.size() - step);
             if (chunk.begin + step == 0) {
-                multiply_tile<kRows>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kReplace);
+                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kReplace);
             } else {
-                multiply_tile<kRows>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kAdd);
+                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kAdd);
             }
         }
     }

@@ -92,8 +92,7 @@ void run(Product& p, const RowsOf& left, const RowsOf& right, const Tensor& out)
 }
 
 bool is_weight_of(const Tensor& weight, const Tensor& x) {
-    return x.dim() > 0 && x.is_cpu() && weight.dim() == 2 && same_kind(weight, x) &&
-           weight.size(1) == x.sizes().back();
+    return x.dim() > 0 && x.is_cpu() && weight.dim() == 2 && same_kind(weight, x) && weight.size(1) == x.sizes().back();
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

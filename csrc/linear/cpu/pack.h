@@ -32,7 +32,8 @@ template <class T>
 void copy_rows(const Stored<T>& from, Range i, Range j, float* to, int64_t stride, int64_t width) {
     for (int64_t row = i.begin; row < i.end; ++row, to += stride) {
         const T* at = from.row(row) + j.begin;
-        for_each_vector(j.size(), [&](int64_t column, auto lanes, int) { store(to + column, load(at + column, lanes)); });
+        for_each_vector(j.size(),
+                        [&](int64_t column, auto lanes, int) { store(to + column, load(at + column, lanes)); });
         for (int64_t column = round_up(j.size(), kLanes); column < width; column += kLanes) store(to + column, Float{});
     }
 }
@@ -48,7 +49,8 @@ void transpose_rows(const Stored<T>& from, Range i, Range j, float* to, int64_t 
         }
         for_each_vector(j.size(), [&](int64_t column, auto lanes, int) {
             Float block[kLanes];
-            for (int lane = 0; lane < kLanes; ++lane) block[lane] = rows[lane] ? load(rows[lane] + column, lanes) : Float{};
+            for (int lane = 0; lane < kLanes; ++lane)
+                block[lane] = rows[lane] ? load(rows[lane] + column, lanes) : Float{};
             transpose(block);
             const int64_t count = std::min<int64_t>(kLanes, j.size() - column);
             for (int64_t lane = 0; lane < count; ++lane) store(to + (column + lane) * stride + first, block[lane]);
