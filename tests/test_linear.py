@@ -236,6 +236,7 @@ def test_gradient_formulas_of_the_reference_are_the_derivative():
     expected = plain.value_and_gradients(reference.linear, (x, weight, bias), (grad,))
     torch.testing.assert_close(reference.linear_input_gradient(grad, weight), expected[1])
     torch.testing.assert_close(reference.linear_weight_gradient(grad, x), expected[2])
+    torch.testing.assert_close(reference.linear_bias_gradient(grad), expected[3])
 
 
 X, WEIGHT, BIAS = torch.ones(2, 8), torch.ones(3, 8), torch.ones(3)

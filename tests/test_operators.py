@@ -35,7 +35,7 @@ def attention_and_gradients():
 
 
 def linear_operands():
-    return randn(2, 4, 17), randn(5, 17, seed=1), randn(5, seed=2)
+    return randn(2, 4, 17), randn(3, 17, seed=1), randn(3, seed=2)
 
 
 def leaves(*tensors):
@@ -74,6 +74,7 @@ SAMPLES = {
     "linear": [leaves(*linear_operands()), (*leaves(*linear_operands()[:2]), None)],
     "linear_inference": [tuple(t.bfloat16() for t in linear_operands()), (X.transpose(0, 1), randn(3, 17), None)],
     "linear_input_gradient": [(randn(2, 4, 5), randn(5, 17)), (randn(5, 4).T, randn(5, 17))],
+    "linear_bias_gradient": [(randn(2, 4, 5),), (randn(5).bfloat16(),)],
     "linear_weight_gradient": [(randn(2, 4, 5), X), (randn(4, 2, 5).transpose(0, 1), X)],
     "attention_backward": [(*attention_and_gradients(), 4, 0, 0.25, None)],
 }
@@ -318,7 +319,9 @@ def test_python_threads_may_call_at_once(serving):
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for name, mine in pool.map(call, [*LAYERS] * 6):
-            assert_equal(mine, expected[name])
+            # torch's own products depend on where in memory their operands lie.
+            if (serving, name) != ("reference", "linear"):
+                assert_equal(mine, expected[name])
 
 
 @pytest.mark.parametrize("weight", [None, randn(17, dtype=torch.float64, seed=2)], ids=["plain", "weight"])

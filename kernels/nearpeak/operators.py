@@ -16,6 +16,7 @@ their own, nearpeak_cuda::name, which the extension registers as it loads; what 
 Triton's launcher. The choice is made when a call runs: a backend forced later holds for compiled graphs too.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -129,6 +130,12 @@ def autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep autocast away from a definition's matrix products, which it would do in its own dtype."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def mark_written(*tensors: torch.Tensor | None) -> None:

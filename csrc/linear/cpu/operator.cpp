@@ -11,11 +11,11 @@ const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 
 // Multiply-adds that are worth a thread: waking one costs about 5 us.
 constexpr int64_t kWorkPerThread = int64_t{1} << 18;
-// More than one task per thread lets uneven threads even out.
-constexpr int64_t kTasksPerThread = 4;
-// Rows of a block are cut at multiples of kRowUnit, which whole register tiles fill and whole cache lines hold; more
-// than kBlockRows would only make the scratch memory larger.
-constexpr int64_t kRowUnit = 96, kBlockRows = 8 * kRowUnit;
+// More than one task per thread lets uneven threads even out; each packs its columns anew.
+constexpr int64_t kTasksPerThread = 2;
+// Rows of a block are cut at multiples of kRowUnit, so that no cache line of y is written by two threads; more than
+// kBlockRows would only make the scratch memory larger.
+constexpr int64_t kRowUnit = 32, kBlockRows = 768;
 // Columns of a block at least, where there are as many: fewer would not pay for packing the rows.
 constexpr int64_t kMinBlockColumns = 64;
 

@@ -12,11 +12,9 @@ gives zeros and lse = -inf. Arithmetic in float32 (float64 for float64), rounded
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; GQA: https://arxiv.org/abs/2305.13245.
 """
 
-import contextlib
-
 import torch
 
-from ..operators import empty_laid_out_like, widened
+from ..operators import empty_laid_out_like, widened, without_autocast
 
 
 def allowed(query_length, key_length, window_left, window_right, device):
@@ -50,12 +48,6 @@ def _probabilities(scores):
     return torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
 
 
-def _exact(device):
-    """Keep autocast away from the matrix products, which it would do in its own dtype."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
-
-
 def _grouped(tensor, key_heads):
     """(batch, heads, ...) as (batch, key heads, group, ...)."""
     return tensor.unflatten(1, (key_heads, tensor.shape[1] // max(1, key_heads)))
@@ -72,7 +64,7 @@ def _shared(tensor, group):
 def attention(query, key, value, window_left, window_right, scale, softcap):
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
-    with _exact(query.device):
+    with without_autocast(query.device):
         scores = _scores(_scaled_products(q, k, scale), window_left, window_right, softcap)
         lse = torch.logsumexp(scores, dim=-1)
         out = torch.einsum("bhgqk,bhgkd->bhgqd", _probabilities(scores), v).flatten(1, 2)
@@ -92,7 +84,7 @@ def attention_backward(grad_out, grad_lse, query, key, value, out, lse, window_l
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     d_out = _grouped(widened(grad_out), heads)
-    with _exact(query.device):
+    with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
         probabilities = _probabilities(_scores(products, window_left, window_right, softcap))
         # Summed over queries first: see _shared.

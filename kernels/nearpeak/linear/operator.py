@@ -39,7 +39,7 @@ def _why_torch_serves(x):
         return None
     if x.device.type != "cpu":
         return f"on {x.device.type} torch's own library is the one to use"
-    if x.dtype in FAST_IN_TORCH and x.shape[:-1].numel() > FEW_ROWS:
+    if x.dtype in FAST_IN_TORCH and x.numel() > FEW_ROWS * x.shape[-1]:
         return f"more than {FEW_ROWS} rows of {x.dtype} are what torch's own library is fast at"
     return None
 
@@ -74,6 +74,12 @@ def _check_weight_gradient(grad, x):
         raise ValueError(f"x must have grad's rows {tuple(grad.shape[:-1])}, not shape {tuple(x.shape)}")
 
 
+def _check_bias_gradient(grad):
+    check_floating("grad", grad)
+    if not grad.dim():
+        raise ValueError("grad must have at least one dimension")
+
+
 def _save(ctx, inputs, output):
     x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
@@ -85,7 +91,7 @@ def _gradient(ctx, grad):
     return (
         torch.ops.nearpeak.linear_input_gradient(grad, weight) if for_x else None,
         torch.ops.nearpeak.linear_weight_gradient(grad, x) if for_weight else None,
-        grad.sum_to_size(grad.shape[-1:]) if for_bias else None,
+        torch.ops.nearpeak.linear_bias_gradient(grad) if for_bias else None,
     )
 
 
@@ -108,6 +114,13 @@ operators.define(
     check=_check_weight_gradient,
     reference=reference.linear_weight_gradient,
     shapes=lambda grad, x: x.new_empty(grad.shape[-1], x.shape[-1]),
+)
+# torch's own sum is as good as any; as an operator it is the same sum in compiled graphs.
+operators.define(
+    "linear_bias_gradient(Tensor grad) -> Tensor",
+    check=_check_bias_gradient,
+    reference=reference.linear_bias_gradient,
+    shapes=lambda grad: grad.new_empty(grad.shape[-1]),
 )
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.

@@ -6,26 +6,31 @@
 In float32 (float64 for float64), rounded once at the end.
 """
 
-import torch
-
-from ..operators import widened
+from ..operators import widened, without_autocast
 
 
 def linear(x, weight, bias):
-    y = widened(x) @ widened(weight).mT
+    with without_autocast(x.device):
+        y = widened(x) @ widened(weight).mT
     if bias is not None:
         y = y + widened(bias)
     return y.to(x.dtype)
 
 
 def linear_input_gradient(grad, weight):
-    return (widened(grad) @ widened(weight)).to(grad.dtype)
+    with without_autocast(grad.device):
+        return (widened(grad) @ widened(weight)).to(grad.dtype)
+
+
+def _matrix(tensor):
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def linear_weight_gradient(grad, x):
-    rows, columns = (widened(t).flatten(0, -2) if t.dim() > 1 else widened(t)[None] for t in (grad, x))
-    return (rows.mT @ columns).to(x.dtype)
+    with without_autocast(x.device):
+        return (_matrix(widened(grad)).mT @ _matrix(widened(x))).to(x.dtype)
 
 
 def linear_bias_gradient(grad):
-    return torch.sum(widened(grad), dim=tuple(range(grad.dim() - 1))).to(grad.dtype) if grad.dim() > 1 else grad.clone()
+    """In grad's dtype: torch's sums of 16-bit types are float32 inside."""
+    return _matrix(grad).sum(0)
