@@ -78,7 +78,7 @@ class BlockProduct {
             if (p.right_matrix.transposed) {
                 transpose_rows(from, its_columns, chunk, to, kPanel, kPanel);
             } else {
-                copy_rows(from, chunk, its_columns, to, kPanel, kPanel);
+                copy_rows(from, chunk, its_columns, to, kPanel);
             }
         }
     }
@@ -88,7 +88,7 @@ class BlockProduct {
         if (p.left_matrix.transposed) {
             transpose_rows(from, chunk, its_rows, left, left_stride, round_up(chunk.size(), kLanes));
         } else {
-            copy_rows(from, its_rows, chunk, left, left_stride, 0);
+            copy_rows(from, its_rows, chunk, left, left_stride);
         }
     }
 

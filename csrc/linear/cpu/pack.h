@@ -27,14 +27,13 @@ struct Stored {
     const T* row(int64_t number) const { return data + rows(number); }
 };
 
-// to[i][j] = from[i][j], zeros in the columns from the last one up to `width`. Whole vectors are written.
+// to[i][j] = from[i][j]. Whole vectors are written.
 template <class T>
-void copy_rows(const Stored<T>& from, Range i, Range j, float* to, int64_t stride, int64_t width) {
+void copy_rows(const Stored<T>& from, Range i, Range j, float* to, int64_t stride) {
     for (int64_t row = i.begin; row < i.end; ++row, to += stride) {
         const T* at = from.row(row) + j.begin;
         for_each_vector(j.size(),
                         [&](int64_t column, auto lanes, int) { store(to + column, load(at + column, lanes)); });
-        for (int64_t column = round_up(j.size(), kLanes); column < width; column += kLanes) store(to + column, Float{});
     }
 }
 
