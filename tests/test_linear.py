@@ -42,6 +42,8 @@ CASES = [
     Case(rows=(390,), inputs=70, outputs=5),
     Case(rows=(3,), inputs=1031, outputs=29),
     Case(rows=(40,), inputs=300, outputs=270),
+    # Long sums, whose rounding shows in float32.
+    *(Case(rows=(rows,), inputs=4099, outputs=9) for rows in (1, 2, 4, 7, 20)),
     Case(rows=(12,), inputs=5, outputs=1031),
     *(Case(rows=(rows,), magnitude=magnitude) for rows in (3, 20) for magnitude in (1e-20, 1e-3, 100.0)),
 ]

@@ -2,8 +2,9 @@
 
 import nearpeak
 import torch
-from nearpeak import linear, norm, rotary
+from nearpeak import norm, rotary
 from nearpeak.attention import reference as attention_reference
+from nearpeak.linear import reference as linear_reference
 
 from .cases import Case, Operator
 
@@ -75,7 +76,7 @@ OPERATORS = [
         "linear_inference",
         lambda random: {"x": random(1, ELEMENTS), "weight": random(1, ELEMENTS)},
         lambda x, weight: nearpeak.linear(x, weight),
-        lambda x, weight: linear.reference.linear(x, weight, None),
+        lambda x, weight: linear_reference.linear(x, weight, None),
     ),
     _operator(
         "overhead_attention",
