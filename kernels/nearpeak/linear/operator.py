@@ -17,17 +17,20 @@ FEW_ROWS = 16
 
 
 def _fast_in_torch():
-    """The dtypes whose products of many rows torch gives to a tuned library on this CPU.
+    """The dtypes whose products of many rows torch gives to a tuned library on this CPU, with the words for that.
 
     On x86 oneDNN's products of 16-bit types need AVX-512 at least; below that torch runs a naive loop.
     """
-    dtypes = {torch.float32}
+    dtypes = [torch.float32]
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2"):
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            dtypes.add(torch.bfloat16)
+            dtypes.append(torch.bfloat16)
         if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-            dtypes.add(torch.float16)
-    return frozenset(dtypes)
+            dtypes.append(torch.float16)
+    return {
+        dtype: f"more than {FEW_ROWS} rows of {dtype} are what torch's own library is fast at: torch's linear serves it"
+        for dtype in dtypes
+    }
 
 
 FAST_IN_TORCH = _fast_in_torch()
@@ -37,11 +40,9 @@ def _why_torch_serves(x):
     """Why a call goes to torch's own function, or None if the kernels serve it."""
     if backends.forced("cpu"):
         return None
-    if x.device.type != "cpu":
-        return f"on {x.device.type} torch's own library is the one to use"
-    if x.dtype in FAST_IN_TORCH and x.numel() > FEW_ROWS * x.shape[-1]:
-        return f"more than {FEW_ROWS} rows of {x.dtype} are what torch's own library is fast at"
-    return None
+    if not x.is_cpu:
+        return f"on {x.device.type} torch's own library is the one to use: torch's linear serves it"
+    return FAST_IN_TORCH.get(x.dtype) if x.numel() > FEW_ROWS * x.shape[-1] else None
 
 
 def _check(x, weight, bias):
@@ -159,8 +160,10 @@ def linear(x, weight, bias=None):
             _check(x, weight, bias)
             return reference.linear(x, weight, bias)
         if (why := _why_torch_serves(x)) is not None:
-            _check(x, weight, bias)
-            backends.because(f"{why}: torch's linear serves it")
+            # What torch would take beyond this: else the same call would fail with fewer rows.
+            if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+                _check(x, weight, bias)
+            backends.because(why)
             return torch.nn.functional.linear(x, weight, bias)
         recorded = operators.wants_gradient(x, weight, bias)
         return (_linear if recorded else _linear_inference)(x, weight, bias)
