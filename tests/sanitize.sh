@@ -20,5 +20,6 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so)"
 echo "== running the kernels' tests"
-PYTHONPATH=$SITE "$PYTHON" -m pytest -p no:cacheprovider tests/test_norm.py tests/test_rotary.py \
-    tests/test_feedforward.py tests/test_attention.py tests/test_attention_backward.py tests/test_attention_terms.py
+PYTHONPATH=$SITE "$PYTHON" -m pytest -p no:cacheprovider tests/test_norm.py tests/test_layer_norm.py \
+    tests/test_rotary.py tests/test_feedforward.py tests/test_linear.py tests/test_attention.py \
+    tests/test_attention_backward.py tests/test_attention_terms.py tests/test_attention_sequences.py

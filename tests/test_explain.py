@@ -50,9 +50,10 @@ def test_the_operator_for_gradients_is_told_apart():
         (lambda: (nearpeak.apply_rotary, _query(), _query(), *torch.rand(2, 5, 8)), ["apply_rotary_inference"]),
         (lambda: (nearpeak.attention, _query(), _query(), _query()), ["attention_inference"]),
         (lambda: (nearpeak.scaled_dot_product_attention, *[_query()] * 3), ["attention_inference"]),
+        (lambda: (nearpeak.linear, _x(), torch.ones(5, 16)), ["linear_inference"]),
         (lambda: (nearpeak.nn.RMSNorm(16), _x()), ["rms_norm"]),
     ],
-    ids=["rms_norm", "apply_rotary", "attention", "scaled_dot_product_attention", "module"],
+    ids=["rms_norm", "apply_rotary", "attention", "scaled_dot_product_attention", "linear", "module"],
 )
 def test_every_family_shows(call, operators):
     said = nearpeak.explain(*call())

@@ -123,3 +123,24 @@ def test_a_training_step_moves_both_layers_alike(serving, layer):
             optimiser.step()
     for parameter, expected in zip(mine.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_as_exact_as_torchs(serving, dtype, bias):
+    theirs = torch.nn.Linear(67, 45, bias=bias, dtype=dtype)
+    mine = nearpeak.nn.Linear(67, 45, bias=bias, dtype=dtype)
+    mine.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    draws = [(randn(2, 3, 67, dtype=dtype, seed=i), randn(2, 3, 45, dtype=dtype, seed=i + 50)) for i in range(DRAWS)]
+    results, plains = ([value_and_gradients(each, *draw) for draw in draws] for each in (mine, theirs))
+    exacts = [value_and_gradients(exact, x.double(), grad.double()) for x, grad in draws]
+    assert_as_exact(results, standards([plains], exacts))
+
+
+def test_linear_has_torchs_constructor_and_state():
+    assert inspect.signature(nearpeak.nn.Linear) == inspect.signature(torch.nn.Linear)
+    mine, theirs = nearpeak.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    assert isinstance(mine, torch.nn.Linear)
+    assert mine.state_dict().keys() == theirs.state_dict().keys()
+    assert repr(mine) == repr(theirs)

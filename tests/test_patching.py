@@ -8,6 +8,7 @@ import sys
 import nearpeak
 import pytest
 import torch
+from exactness import assert_as_exact_as_plain
 from nearpeak.patching.model import RECORD
 from tiny_models import (
     ARCHITECTURES,
@@ -39,7 +40,7 @@ def test_the_report_counts_what_was_replaced(name):
     model = make(name)
     report = nearpeak.patch(model)
     assert {kind: report.count(kind) for kind in REPLACED[name]} == REPLACED[name]
-    assert any(entry.layer == "Linear" and "not served yet" in entry.detail for entry in report.left_alone)
+    assert any("Embedding" in entry.layer and "not served yet" in entry.detail for entry in report.left_alone)
     assert nearpeak.patch(model) is report
     assert "nearpeak.attention" in str(report)
     assert report.__rich__().row_count == len(report.replaced) + len(report.left_alone)
@@ -190,7 +191,7 @@ def test_unpatch_refuses_a_module_whose_class_was_changed_since():
 
 
 def test_nothing_to_replace_is_reported():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1), torch.nn.ReLU())
     report = nearpeak.patch(model)
     assert report.replaced == ()
     assert "nothing" in str(report)
@@ -249,6 +250,47 @@ def test_float32_norm_weights_give_bfloat16_inputs_the_dtype_that_the_class_give
     expected = norm(x)
     with nearpeak.patched(norm):
         assert norm(x).dtype is expected.dtype
+
+
+class _DoubledLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "detail"),
+    [
+        (torch.nn.Linear(5, 3), "up to 16 rows, torch's own for more"),
+        (torch.nn.Linear(5, 3, bias=False, dtype=torch.bfloat16), "nearpeak.linear"),
+        (torch.nn.Linear(5, 3, dtype=torch.float16), "nearpeak.linear"),
+        (torch.nn.Linear(5, 3, dtype=torch.float64), None),
+        (torch.nn.Linear(5, 3, device="meta"), None),
+        (torch.nn.modules.linear.NonDynamicallyQuantizableLinear(5, 3), None),
+        (_DoubledLinear(5, 3), None),
+    ],
+    ids=["float32", "bfloat16", "float16", "float64", "meta", "attention's", "subclass"],
+)
+def test_linear_layers_are_served_where_kernels_are_worth_it(layer, detail):
+    model = torch.nn.Sequential(layer)
+    with nearpeak.patched(model) as report:
+        assert report.count("linear") == (detail is not None)
+        if detail is None:
+            assert report.left_alone[0].detail
+        else:
+            assert detail in report.replaced[0].detail
+            assert "nearpeak::linear" in nearpeak.explain(model, torch.ones(2, 5, dtype=layer.weight.dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_patched_linear_layers_are_as_exact_as_torchs(serving, dtype, rows):
+    model = torch.nn.Sequential(torch.nn.Linear(70, 50), torch.nn.Linear(50, 90, bias=False)).to(dtype)
+    model.requires_grad_(False)
+    x = torch.randn(rows, 70, dtype=dtype)
+    plain, exact = model(x), copy.deepcopy(model).double()(x.double())
+    with nearpeak.patched(model) as report:
+        assert report.count("linear") == 2
+        assert_as_exact_as_plain(model(x), plain, exact)
 
 
 def test_an_instance_with_its_own_forward_is_left_alone():

@@ -4,6 +4,7 @@ import nearpeak
 import torch
 from nearpeak import norm, rotary
 from nearpeak.attention import reference as attention_reference
+from nearpeak.linear import reference as linear_reference
 
 from .cases import Case, Operator
 
@@ -76,6 +77,13 @@ OPERATORS = [
         lambda random: _heads(random, "query", "key") | _tables(random),
         lambda query, key, cos, sin: nearpeak.apply_rotary(query, key, cos, sin),
         lambda query, key, cos, sin: rotary.reference.apply_rotary(query, key, cos[None], sin[None], False, False),
+    ),
+    _operator(
+        "overhead_linear",
+        "linear_inference",
+        lambda random: {"x": random(1, ELEMENTS), "weight": random(1, ELEMENTS)},
+        lambda x, weight: nearpeak.linear(x, weight),
+        lambda x, weight: linear_reference.linear(x, weight, None),
     ),
     _operator(
         "overhead_attention",

@@ -6,13 +6,14 @@ from collections.abc import Iterable
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, norm, overhead, rotary
+from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary
 from .cases import Case
 
 SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
+    "linear": linear.CASES,
     "attention": attention.CASES + attention_terms.CASES,
     "overhead": overhead.CASES,
 }

@@ -54,14 +54,13 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int dims, int
     return tensor;
 }
 
-Tensor empty_contiguous(std::initializer_list<int64_t> sizes, int32_t dtype, Device device) {
-    const int dims = static_cast<int>(sizes.size());
+Tensor empty_contiguous(const int64_t* sizes, int dims, int32_t dtype, Device device) {
     int64_t strides[kMaxDims], stride = 1;
     for (int dim = dims - 1; dim >= 0; --dim) {
         strides[dim] = stride;
-        stride *= std::max<int64_t>(1, sizes.begin()[dim]);
+        stride *= std::max<int64_t>(1, sizes[dim]);
     }
-    return empty_strided(sizes.begin(), strides, dims, dtype, device);
+    return empty_strided(sizes, strides, dims, dtype, device);
 }
 
 // The rows of `tensor` with its outer dimensions taken in `order`; nothing where they need more than two strides.
@@ -136,17 +135,35 @@ Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes) {
 }
 
 Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes) {
+    return empty_like_dtype(like, sizes.begin(), static_cast<int>(sizes.size()));
+}
+
+Tensor empty_like_dtype(const Tensor& like, const int64_t* sizes, int dims) {
+    STD_TORCH_CHECK(dims <= kMaxDims, "nearpeak serves tensors of at most 16 dimensions");
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-    return empty_contiguous(sizes, dtype, device_of(like));
+    return empty_contiguous(sizes, dims, dtype, device_of(like));
 }
 
 Tensor empty_floats(std::initializer_list<int64_t> sizes) {
-    return empty_contiguous(sizes, aoti_torch_dtype_float32(), {aoti_torch_device_type_cpu(), 0});
+    return empty_contiguous(sizes.begin(), static_cast<int>(sizes.size()), aoti_torch_dtype_float32(),
+                            {aoti_torch_device_type_cpu(), 0});
 }
 
 Tensor made_contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+RowsOf::RowsOf(const Tensor& any) : tensor(any) {
+    const int dims = static_cast<int>(any.dim());
+    std::array<int, kMaxDims> order{};
+    for (int dim = 0; dim < dims; ++dim) order[dim] = dim;
+    auto found = find_rows(tensor, order, dims);
+    if (!found) {
+        tensor = torch::stable::contiguous(any);
+        found = find_rows(tensor, order, dims);
+    }
+    rows = *found;
 }
 
 RowsOf::RowsOf(const Tensor& any, const Tensor& order_of) : tensor(any) {

@@ -41,14 +41,16 @@ Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes);
 
 // New contiguous tensors: of like's dtype on its device, and of float32 on the CPU.
 Tensor empty_like_dtype(const Tensor& like, std::initializer_list<int64_t> sizes);
+Tensor empty_like_dtype(const Tensor& like, const int64_t* sizes, int dims);
 Tensor empty_floats(std::initializer_list<int64_t> sizes);
 
 // The tensor itself where it is contiguous: asking PyTorch's dispatcher costs 0.5 us even then.
 Tensor made_contiguous(const Tensor& tensor);
 
-// `tensor` and where its rows begin in the memory order of the dense tensor `order`, of the same shape. A tensor whose
-// strides are not of Rows' kind, or whose last dimension is not dense, is copied first.
+// `tensor` and where its rows begin: in their logical order, or in the memory order of the dense tensor `order`, of the
+// same shape. A tensor whose strides are not of Rows' kind, or whose last dimension is not dense, is copied first.
 struct RowsOf {
+    explicit RowsOf(const Tensor& tensor);
     RowsOf(const Tensor& tensor, const Tensor& order);
 
     Tensor tensor;

@@ -482,6 +482,9 @@ template <class T, int kUnroll = 1, class Body>
 #pragma GCC unroll 16
         for (int slot = 0; slot < kUnroll; ++slot) body(column + slot * kStep, TwoVectors<T>{}, slot);
     }
+    if constexpr (kUnroll > 1) {
+        for (; column + kStep <= width; column += kStep) body(column, TwoVectors<T>{}, 0);
+    }
     for (; column + kLanes <= width; column += kLanes) body(column, AllLanes{}, 0);
     if (column < width) body(column, width - column, 0);
 }

@@ -5,6 +5,7 @@ from .attention import attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
+from .linear import linear
 from .norm import layer_norm, rms_norm
 from .patching import PatchReport, patch, patched, unpatch
 from .rotary import apply_rotary
@@ -19,6 +20,7 @@ __all__ = [
     "explain",
     "geglu",
     "layer_norm",
+    "linear",
     "nn",
     "patch",
     "patched",

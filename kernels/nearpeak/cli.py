@@ -77,7 +77,7 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="norm, rotary, feedforward, attention, overhead, model, or all; without a name all but model. "
+            help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
             "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
             "between two files of results."
         ),

@@ -1,5 +1,6 @@
 """Modules of all families, as drop-in replacements for PyTorch's layers of the same names."""
 
+from .linear import Linear
 from .norm import LayerNorm, RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "Linear", "RMSNorm"]

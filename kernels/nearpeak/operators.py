@@ -16,6 +16,7 @@ their own, nearpeak_cuda::name, which the extension registers as it loads; what 
 Triton's launcher. The choice is made when a call runs: a backend forced later holds for compiled graphs too.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -121,6 +122,19 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and tensor.requires_grad:
             return torch.is_grad_enabled()
     return False
+
+
+def autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """As torch.autocast treats the arguments of its own function, wherever the kernels would not see it."""
+    if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep autocast away from a definition's matrix products, which it would do in its own dtype."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def mark_written(*tensors: torch.Tensor | None) -> None:

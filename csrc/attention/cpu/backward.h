@@ -15,11 +15,10 @@
 
 #include <algorithm>
 
+#include "../../cpu/arena.h"
 #include "../../cpu/math.h"
 #include "mask.h"
-#include "memory.h"
 #include "panel.h"
-#include "register_tiles.h"
 #include "score_terms.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {

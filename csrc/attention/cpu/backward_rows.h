@@ -12,7 +12,6 @@
 #include <type_traits>
 
 #include "prefill.h"
-#include "register_tiles.h"
 #include "vector_products.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {

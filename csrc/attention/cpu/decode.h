@@ -14,10 +14,10 @@
 // The keys may be split between tasks, whose partial results `merge` combines by their maxima and sums.
 #pragma once
 
+#include "../../cpu/arena.h"
 #include "../../cpu/math.h"
 #include "kernels.h"
 #include "mask.h"
-#include "memory.h"
 #include "rows.h"
 #include "score_terms.h"
 

@@ -3,14 +3,10 @@
 
 #include <algorithm>
 
+#include "../../cpu/register_tiles.h"
 #include "rows.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
-
-// Two vectors: per broadcast element two multiply-adds, so that a tile of 6 x 2 (12 x 2 with 32 registers) needs
-// 8 (14) loads for its 12 (24) multiply-adds, and the multipliers, not the loads, are the limit.
-constexpr int kPanelVectors = 2;
-constexpr int kPanel = kPanelVectors * kLanes;
 
 // Panel number `panel` of a task: rows [begin, end).
 struct PanelRows {

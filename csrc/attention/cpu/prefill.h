@@ -10,9 +10,9 @@
 // queries and outputs, touched once, are transposed.
 #pragma once
 
+#include "../../cpu/arena.h"
 #include "../../cpu/math.h"
 #include "mask.h"
-#include "memory.h"
 #include "panel.h"
 #include "score_terms.h"
 

@@ -7,12 +7,12 @@
 // serves two products.
 #pragma once
 
+#include "../../cpu/arena.h"
 #include "../../cpu/tiles.h"
 
 #ifdef NEARPEAK_HAS_TILES
 #include <algorithm>
 
-#include "memory.h"
 #include "panel.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {

@@ -9,9 +9,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "memory.h"
+#include "../../cpu/arena.h"
 #include "panel.h"
-#include "register_tiles.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 

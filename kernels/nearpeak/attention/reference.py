@@ -15,11 +15,9 @@ end. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, equation 1; GQA: htt
 https://arxiv.org/abs/2108.12409; sinks: https://arxiv.org/abs/2309.17453.
 """
 
-import contextlib
-
 import torch
 
-from ..operators import empty_laid_out_like, widened
+from ..operators import empty_laid_out_like, widened, without_autocast
 
 
 def distances(query_length, key_length, device):
@@ -68,12 +66,6 @@ def _softmax(scores, sinks):
     no_key = (scores == float("-inf")).all(-1, keepdim=True)
     probabilities = torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
     return probabilities, torch.logsumexp(scores, dim=-1)
-
-
-def _exact(device):
-    """Keep autocast away from the matrix products, which it would do in its own dtype."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def _grouped(tensor, key_heads):
@@ -158,7 +150,7 @@ def attention(
         return empty_laid_out_like(query, value.shape[-1]).copy_(out), torch.cat(lses, dim)
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
-    with _exact(query.device):
+    with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
         scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
         probabilities, lse = _softmax(scores, sinks)
@@ -202,7 +194,7 @@ def attention_backward(
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     d_out = _grouped(widened(grad_out), heads)
-    with _exact(query.device):
+    with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
         scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
         probabilities, _ = _softmax(scores, sinks)

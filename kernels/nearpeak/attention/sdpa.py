@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..operators import autocast
 from .operator import MAX_HEAD_DIM, OPEN, attention
 
 
@@ -29,13 +30,6 @@ def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     return None
 
 
-def _autocast(tensor):
-    """As torch.autocast treats the arguments of its own function, wherever the kernels would not see it."""
-    if tensor.dtype is torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -54,9 +48,9 @@ def scaled_dot_product_attention(
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        query, key, value = autocast(query), autocast(key), autocast(value)
         if attn_mask is not None:
-            attn_mask = _autocast(attn_mask)
+            attn_mask = autocast(attn_mask)
     why = _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa)
     if why is not None:
         backends.because(f"{why}: torch's scaled_dot_product_attention serves it")

@@ -1,11 +1,12 @@
 """Puts nearpeak's kernels into an existing model, and takes them out again.
 
-    report = nearpeak.patch(model)      norms, rotary embedding and attention now run on nearpeak's kernels
+    report = nearpeak.patch(model)      linear layers, norms, rotary embedding, attention now run on nearpeak's kernels
     nearpeak.unpatch(model)             the model is exactly what it was
     with nearpeak.patched(model): ...   both, around a block
 
 Weights are shared, never copied, and no other model in the process changes. Each kind of layer has its file:
 
+    linears.py    torch.nn.Linear
     norms.py      any module that computes RMSNorm or LayerNorm, recognised by what it computes
     rotary.py     attention modules that call Hugging Face's `apply_rotary_pos_emb`
     attention.py  transformers models, through transformers' own AttentionInterface and AttentionMaskInterface

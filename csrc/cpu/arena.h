@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace nearpeak::attention::NEARPEAK_ISA {
+namespace nearpeak::NEARPEAK_ISA {
 
 class Arena {
   public:
@@ -26,4 +26,4 @@ class Arena {
     int64_t bytes = 0;
 };
 
-}  // namespace nearpeak::attention::NEARPEAK_ISA
+}  // namespace nearpeak::NEARPEAK_ISA

@@ -1,0 +1,164 @@
+// One block of a product, packed so that caches and registers are used over and over:
+//
+//     right   all steps of a chunk x the block's columns, in panels of kPanel columns      second-level cache
+//             one panel of it                                                              first-level cache
+//     left    kLeftRows rows x the steps of a chunk                                        second-level cache
+//     sums    kTile rows x one panel                                                       registers
+//
+// Each panel meets all rows of `left` before the next one, each chunk all panels. What a chunk gives is added in
+// float32 in scratch memory, and rounded once when the last chunk is done.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../../cpu/arena.h"
+#include "../../cpu/register_tiles.h"
+#include "pack.h"
+
+namespace nearpeak::linear::NEARPEAK_ISA {
+
+// A panel of kSteps fills half of a 32 KiB first-level cache, kLeftRows of them 400 of 512 KiB in the second.
+constexpr int64_t kSteps = 256, kLeftRows = 384;
+// Of a single panel nothing is used again but the panel: then rows of the weight are read from end to end, a few at a
+// time, as memory likes it.
+constexpr int64_t kNarrowSteps = 1024, kNarrowLeftRows = 2 * kTile;
+
+template <class T>
+class BlockProduct {
+  public:
+    BlockProduct(const Product& product, const Block& its_block, Arena& arena)
+        : p(product),
+          block(its_block),
+          steps(std::clamp<int64_t>(p.steps, 1, narrow() ? kNarrowSteps : kSteps)),
+          left_rows(std::min(narrow() ? kNarrowLeftRows : kLeftRows, rows())),
+          // Rows a power of two apart would fall into few sets of the cache.
+          left_stride(round_up(steps, kLanes) + kPanel),
+          right(arena.take(panels() * steps * kPanel)),
+          left(arena.take(round_up(left_rows, kLanes) * left_stride)),
+          sums(arena.take(panels() * rows() * kPanel)) {}
+
+    void run() {
+        for (int64_t step = 0; step == 0 || step < p.steps; step += steps) {
+            const Range chunk{step, std::min(step + steps, p.steps)};
+            pack_right(chunk);
+            for (int64_t row = 0; row < rows(); row += left_rows) {
+                const int64_t count = std::min(left_rows, rows() - row);
+                pack_left({block.row_begin + row, block.row_begin + row + count}, chunk);
+                for (int64_t panel = 0; panel < panels(); ++panel) {
+                    multiply_panel(count, chunk, panel, sums_of(panel) + row * kPanel);
+                }
+            }
+        }
+        if (p.out_matrix.transposed) {
+            store_transposed();
+        } else {
+            store_rows();
+        }
+    }
+
+  private:
+    const Product& p;
+    const Block& block;
+    const int64_t steps, left_rows, left_stride;
+    float *const right, *const left, *const sums;
+
+    bool narrow() const { return columns() <= kPanel; }
+    int64_t rows() const { return block.row_end - block.row_begin; }
+    int64_t columns() const { return block.column_end - block.column_begin; }
+    int64_t panels() const { return (columns() + kPanel - 1) / kPanel; }
+    float* sums_of(int64_t panel) const { return sums + panel * rows() * kPanel; }
+
+    void pack_right(Range chunk) {
+        const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            const int64_t first = block.column_begin + panel * kPanel;
+            const Range its_columns{first, std::min(first + kPanel, block.column_end)};
+            float* to = right + panel * steps * kPanel;
+            if (p.right_matrix.transposed) {
+                transpose_rows(from, its_columns, chunk, to, kPanel, kPanel);
+            } else {
+                copy_rows(from, chunk, its_columns, to, kPanel);
+            }
+        }
+    }
+
+    void pack_left(Range its_rows, Range chunk) {
+        const Stored<T> from{static_cast<const T*>(p.left), p.left_matrix.rows};
+        if (p.left_matrix.transposed) {
+            transpose_rows(from, chunk, its_rows, left, left_stride, round_up(chunk.size(), kLanes));
+        } else {
+            copy_rows(from, its_rows, chunk, left, left_stride);
+        }
+    }
+
+    // All left rows with one panel. Of a panel whose columns fill one vector only, that one is multiplied.
+    void multiply_panel(int64_t count, Range chunk, int64_t panel, float* out) const {
+        const float* from = right + panel * steps * kPanel;
+        if (columns() - panel * kPanel <= kLanes) {
+            multiply_rows<1>(count, chunk, from, out);
+        } else {
+            multiply_rows<kPanelVectors>(count, chunk, from, out);
+        }
+    }
+
+    template <int kVectors>
+    void multiply_rows(int64_t count, Range chunk, const float* panel, float* out) const {
+        constexpr int kRows = kTile * kPanelVectors / kVectors;
+        int64_t row = 0;
+        for (; row + kRows <= count; row += kRows) multiply<kRows, kVectors>(row, chunk, panel, out + row * kPanel);
+        for (; row < count; row += kTile) {
+            with_count(std::min<int64_t>(kTile, count - row),
+                       [&](auto rows) { multiply<rows, kVectors>(row, chunk, panel, out + row * kPanel); });
+        }
+    }
+
+    // Chains need not be short where the result is rounded to 16 bits.
+    template <int kRows, int kVectors>
+    void multiply(int64_t row, Range chunk, const float* panel, float* out) const {
+        const int64_t chain = std::is_same_v<T, float> ? kChain : steps;
+        const float* from = left + row * left_stride;
+        for (int64_t step = 0; step == 0 || step < chunk.size(); step += chain) {
+            const RowWise<kRows> rows(from + step, left_stride);
+            const int64_t count = std::min(chain, chunk.size() - step);
+            if (chunk.begin + step == 0) {
+                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kReplace);
+            } else {
+                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kAdd);
+            }
+        }
+    }
+
+    T* out_row(int64_t row) const { return static_cast<T*>(p.out) + p.out_matrix.rows(row); }
+
+    void store_rows() const {
+        for (int64_t row = 0; row < rows(); ++row) {
+            T* to = out_row(block.row_begin + row) + block.column_begin;
+            for_each_vector(columns(), [&](int64_t column, auto lanes, int) {
+                store(to + column, load(sums_of(column / kPanel) + row * kPanel + column % kPanel), lanes);
+            });
+        }
+    }
+
+    void store_transposed() const {
+        const T* bias = static_cast<const T*>(p.bias);
+        for (int64_t column = 0; column < columns(); column += kLanes) {
+            const float* from = sums_of(column / kPanel) + column % kPanel;
+            const int64_t count = std::min<int64_t>(kLanes, columns() - column);
+            for_each_vector(rows(), [&](int64_t row, auto lanes, int) {
+                Float values[kLanes];
+                for (int64_t lane = 0; lane < kLanes; ++lane) {
+                    values[lane] = row + lane < rows() ? load(from + (row + lane) * kPanel) : Float{};
+                }
+                transpose(values);
+                const Float offset = bias ? load(bias + block.row_begin + row, lanes) : Float{};
+                for (int64_t lane = 0; lane < count; ++lane) {
+                    T* to = out_row(block.column_begin + column + lane) + block.row_begin;
+                    store(to + row, values[lane] + offset, lanes);
+                }
+            });
+        }
+    }
+};
+
+}  // namespace nearpeak::linear::NEARPEAK_ISA

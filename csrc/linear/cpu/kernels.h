@@ -1,0 +1,61 @@
+// Matrix products of linear layers: what one call needs, and the kernels that each instruction set provides.
+#pragma once
+
+#include <cstdint>
+
+#include "../../cpu/dtype.h"
+#include "../../cpu/isa.h"
+#include "../../cpu/rows.h"
+
+namespace nearpeak::linear {
+
+// A matrix in memory; `transposed`, its columns are what lies in rows there.
+struct Matrix {
+    Rows rows;
+    bool transposed;
+};
+
+//     out[row][column] = bias[row] + sum over steps of left[row][step] * right[step][column]
+//
+//                        left            right           out         steps
+//     y^T  = W x^T       weight          x, transposed   transposed  in_features
+//     d_x  = d_y W       d_y             weight                      out_features
+//     d_W  = d_y^T x     d_y, transposed x                           rows of x
+//
+// Forward computes y^T: elements of `left` are broadcast, and so the weight, the largest of the three, need not be
+// transposed in memory.
+struct Product {
+    const void* left;
+    const void* right;
+    const void* bias;  // or null
+    void* out;
+    Matrix left_matrix, right_matrix, out_matrix;
+    int64_t rows, columns, steps;
+    Dtype dtype;
+};
+
+// A part of `out`.
+struct Block {
+    int64_t row_begin, row_end, column_begin, column_end;
+};
+
+// Columns of a block at most, a multiple of every panel: with 256 steps in float32 they fill half of a 512 KiB
+// second-level cache.
+constexpr int64_t kBlockColumns = 256;
+
+// Columns of `few_columns` at most.
+constexpr int64_t kFewColumns = 8;
+
+struct Kernels {
+    // Floats of scratch memory that `multiply` needs for this block.
+    int64_t (*scratch)(const Product&, const Block&);
+    void (*multiply)(const Product&, const Block&, float* scratch);
+
+    // For y^T of few rows of x: rows [begin, end) of `out`, all columns. The weight's bytes are the limit.
+    int64_t (*few_columns_scratch)(const Product&);
+    void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
+};
+
+NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)
+
+}  // namespace nearpeak::linear

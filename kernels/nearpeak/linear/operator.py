@@ -1,0 +1,172 @@
+"""The torch operators of linear layers, and their public function.
+
+There are kernels for the CPU. GPUs have cuBLAS and its like behind torch's own function, and so have CPUs for some
+dtypes: those calls are handed to torch.
+"""
+
+import torch
+
+from .. import backends, operators
+from ..checks import check_floating, check_same_kind
+from . import reference
+
+KERNELS = ("cpu",)
+
+# Up to this many rows the weight's bytes are the limit, and the kernels come closer to it than torch's do.
+FEW_ROWS = 16
+
+
+def _fast_in_torch():
+    """The dtypes whose products of many rows torch gives to a tuned library on this CPU, with the words for that.
+
+    On x86 oneDNN's products of 16-bit types need AVX-512 at least; below that torch runs a naive loop.
+    """
+    dtypes = [torch.float32]
+    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2"):
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            dtypes.append(torch.bfloat16)
+        if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            dtypes.append(torch.float16)
+    return {
+        dtype: f"more than {FEW_ROWS} rows of {dtype} are what torch's own library is fast at: torch's linear serves it"
+        for dtype in dtypes
+    }
+
+
+FAST_IN_TORCH = _fast_in_torch()
+
+
+def _why_torch_serves(x):
+    """Why a call goes to torch's own function, or None if the kernels serve it."""
+    if backends.forced("cpu"):
+        return None
+    if not x.is_cpu:
+        return f"on {x.device.type} torch's own library is the one to use: torch's linear serves it"
+    return FAST_IN_TORCH.get(x.dtype) if x.numel() > FEW_ROWS * x.shape[-1] else None
+
+
+def _check(x, weight, bias):
+    check_floating("x", x)
+    if not x.dim():
+        raise ValueError("x must have at least one dimension")
+    check_same_kind("weight", weight, "x", x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must be (out_features, in_features) with in_features {x.shape[-1]}, x's last dimension, "
+            f"not of shape {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_same_kind("bias", bias, "x", x)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
+
+
+def _check_input_gradient(grad, weight):
+    check_floating("grad", grad)
+    check_same_kind("weight", weight, "grad", grad)
+    if not grad.dim() or weight.dim() != 2 or weight.shape[0] != grad.shape[-1]:
+        raise ValueError(f"grad must have weight's {tuple(weight.shape)} out_features, not shape {tuple(grad.shape)}")
+
+
+def _check_weight_gradient(grad, x):
+    check_floating("grad", grad)
+    check_same_kind("x", x, "grad", grad)
+    if not grad.dim() or x.shape[:-1] != grad.shape[:-1]:
+        raise ValueError(f"x must have grad's rows {tuple(grad.shape[:-1])}, not shape {tuple(x.shape)}")
+
+
+def _check_bias_gradient(grad):
+    check_floating("grad", grad)
+    if not grad.dim():
+        raise ValueError("grad must have at least one dimension")
+
+
+def _save(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradient(ctx, grad):
+    x, weight = ctx.saved_tensors
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        torch.ops.nearpeak.linear_input_gradient(grad, weight) if for_x else None,
+        torch.ops.nearpeak.linear_weight_gradient(grad, x) if for_weight else None,
+        torch.ops.nearpeak.linear_bias_gradient(grad) if for_bias else None,
+    )
+
+
+operators.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    check=_check,
+    reference=reference.linear,
+    shapes=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    backward=_gradient,
+    setup_context=_save,
+)
+operators.define(
+    "linear_input_gradient(Tensor grad, Tensor weight) -> Tensor",
+    check=_check_input_gradient,
+    reference=reference.linear_input_gradient,
+    shapes=lambda grad, weight: grad.new_empty(*grad.shape[:-1], weight.shape[1]),
+)
+operators.define(
+    "linear_weight_gradient(Tensor grad, Tensor x) -> Tensor",
+    check=_check_weight_gradient,
+    reference=reference.linear_weight_gradient,
+    shapes=lambda grad, x: x.new_empty(grad.shape[-1], x.shape[-1]),
+)
+# torch's own sum is as good as any; as an operator it is the same sum in compiled graphs.
+operators.define(
+    "linear_bias_gradient(Tensor grad) -> Tensor",
+    check=_check_bias_gradient,
+    reference=reference.linear_bias_gradient,
+    shapes=lambda grad: grad.new_empty(grad.shape[-1]),
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_linear = torch.ops.nearpeak.linear.default
+_linear_inference = torch.ops.nearpeak.linear_inference.default
+
+
+def linear(x, weight, bias=None):
+    """A linear layer: y = x weight^T + bias.
+
+    Sums are float32 whatever the dtype, and y is rounded once. Calls on GPUs, and of many rows in dtypes for which
+    torch has a tuned library on this CPU, go to torch's own function, and `nearpeak.explain` says so.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64; any strides (a dense last dimension is read
+            without a copy).
+        weight: (out_features, in_features), x's dtype.
+        bias: (out_features,), x's dtype; None for none.
+
+    Returns:
+        y, (..., out_features), in x's dtype, contiguous. Under torch.autocast as torch's own function.
+
+    Raises:
+        TypeError: a dtype that is not served. ValueError: a shape or device that does not fit.
+
+    Tiling: Goto and van de Geijn 2008, https://doi.org/10.1145/1356052.1356053.
+
+    >>> x, weight = torch.randn(4, 640, dtype=torch.bfloat16), torch.randn(2048, 640, dtype=torch.bfloat16)
+    >>> y = nearpeak.linear(x, weight)
+    """
+    try:
+        # On other devices torch's own function sees to it.
+        if x.is_cpu and torch.is_autocast_enabled("cpu"):
+            x, weight, bias = operators.autocast(x), operators.autocast(weight), operators.autocast(bias)
+        if backends.reference_serves(x, kernels=KERNELS):
+            _check(x, weight, bias)
+            return reference.linear(x, weight, bias)
+        if (why := _why_torch_serves(x)) is not None:
+            # What torch would take beyond this: else the same call would fail with fewer rows.
+            if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+                _check(x, weight, bias)
+            backends.because(why)
+            return torch.nn.functional.linear(x, weight, bias)
+        recorded = operators.wants_gradient(x, weight, bias)
+        return (_linear if recorded else _linear_inference)(x, weight, bias)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check(x, weight, bias)
+        raise
