@@ -257,16 +257,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
         p.d_bias_strides = broadcast_strides(d_bias);
     }
     int64_t keys_of_sequences = 0;
-    for (Sequence& sequence : sequences) {
-        sequence.padded_begin = p.all_padded_rows;
-        p.all_padded_rows += p.padded_rows(sequence);
-        keys_of_sequences += sequence.key_length;
-    }
+    for (const Sequence& sequence : sequences) keys_of_sequences += sequence.key_length;
     if (keys_of_sequences < p.batch * p.key_length) {
         torch::stable::zero_(d_key);
         torch::stable::zero_(d_value);
     }
     if (p.pairs() > 0) {
+        for (Sequence& sequence : sequences) {
+            sequence.padded_begin = p.all_padded_rows;
+            p.all_padded_rows += p.padded_rows(sequence);
+        }
         const int64_t rows = p.key_heads * p.all_padded_rows;
         Tensor sums = empty_floats({rows, p.padded_dim()});
         std::vector<RowStatistics> statistics(rows);
