@@ -81,7 +81,11 @@ def test_no_gradient_of_lse_is_a_gradient_of_zero(serving):
 
 @pytest.mark.parametrize("layout", [sequence_first, padded, every_second], ids=lambda layout: layout.__name__)
 def test_layouts_of_every_operand(serving, layout):
-    arguments = operands(Case(80, 200, heads=4, key_heads=2, batch=2, head_dim=24, causal=True))
+    check_layouts_of_every_operand(Case(80, 200, heads=4, key_heads=2, batch=2, head_dim=24, causal=True), layout)
+
+
+def check_layouts_of_every_operand(case, layout):
+    arguments = operands(case)
     expected = torch.ops.nearpeak.attention_backward(*arguments)
     changed = [layout(t) if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in arguments]
     changed[1], changed[6] = every_second(arguments[1]), every_second(arguments[6])

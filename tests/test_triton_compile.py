@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from nearpeak_bench.machine_code import (
     TARGETS,
+    attention_backward_case,
     attention_case,
     compile_case,
     every_case,
@@ -34,6 +35,9 @@ CHOSEN = [
     (attention_case(256, BFLOAT, window=(512, 0)), "sm_86"),
     (attention_case(128, BFLOAT, length=1), "sm_90"),
     (attention_case(64, SINGLE), "sm_80"),
+    *((attention_backward_case(128, BFLOAT), target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    (attention_backward_case(256, BFLOAT, window=(512, 0)), "sm_86"),
+    (attention_backward_case(64, SINGLE, softcap=50.0), "sm_80"),
 ]
 EVERY = [(case, target) for case in every_case() for target in TARGETS]
 

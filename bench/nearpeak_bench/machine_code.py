@@ -246,16 +246,35 @@ def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) 
     return Case(f"feedforward {name} {direction} {width} {_name(dtype)}", launch, wide=wide)
 
 
+def _options(window, softcap) -> str:
+    """What differs from a causal call."""
+    return "".join((f" window {window}" if window != (None, 0) else "", f" softcap {softcap}" if softcap else ""))
+
+
 def attention_case(
     head_dim: int, dtype: torch.dtype, length: int = 4096, window=(None, 0), softcap=None, group: int = 4
 ) -> Case:
     """Causal by default; length 1 is decoding, with split keys and their merge."""
     query = _empty(1, 32, length, head_dim, dtype=dtype)
     key = _empty(1, 32 // group, 4096, head_dim, dtype=dtype)
-    options = "".join((f" window {window}" if window != (None, 0) else "", f" softcap {softcap}" if softcap else ""))
     return Case(
-        f"attention {head_dim} {_name(dtype)} {length} queries{options}",
+        f"attention {head_dim} {_name(dtype)} {length} queries{_options(window, softcap)}",
         lambda: triton_attention.attention(query, key, key, *window, head_dim**-0.5, softcap),
+        matrix=dtype.itemsize == 2,
+    )
+
+
+def attention_backward_case(
+    head_dim: int, dtype: torch.dtype, window=(None, 0), softcap=None, group: int = 4, length: int = 4096
+) -> Case:
+    """Causal by default."""
+    query, lse = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 32, length, dtype=torch.float32)
+    key = _empty(1, 32 // group, length, head_dim, dtype=dtype)
+    return Case(
+        f"attention backward {head_dim} {_name(dtype)} group {group}{_options(window, softcap)}",
+        lambda: triton_attention.attention_backward(
+            query, lse, query, key, key, query, lse, *window, head_dim**-0.5, softcap
+        ),
         matrix=dtype.itemsize == 2,
     )
 
@@ -285,6 +304,12 @@ def every_case() -> list[Case]:
         for window, softcap in itertools.product(*options.values())
         for length in (4096, 1)
     ]
+    backwards = [
+        attention_backward_case(head_dim, dtype, window, softcap)
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+        for window, softcap in itertools.product(*options.values())
+    ]
     feedforwards = [
         feedforward_case(width, dtype, name, direction)
         for name in ("gelu", "silu")
@@ -295,7 +320,9 @@ def every_case() -> list[Case]:
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
     odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
-    return norms + rotaries + feedforwards + attentions + odd
+    odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
+    odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
+    return norms + rotaries + feedforwards + attentions + backwards + odd
 
 
 TABLE_WIDTH = 150  # characters, where the terminal has fewer or there is none

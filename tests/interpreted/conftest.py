@@ -52,6 +52,19 @@ def _repaired_interpreter(monkeypatch):
         monkeypatch.setattr(InterpreterBuilder, name, repair(getattr(InterpreterBuilder, name)))
 
 
+@pytest.fixture
+def rounded_once(monkeypatch):
+    """Products of float32 without an order of summation: the interpreter's library sums each part of a product in its
+    own order, where a GPU adds up every element in the same. Numbers which are equal there are equal here.
+    """
+
+    def dot(builder, a, b, accumulator, *options):
+        product = a.data.astype(numpy.float64) @ b.data.astype(numpy.float64)
+        return TensorHandle(product.astype(numpy.float32) + accumulator.data, tl.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
 @pytest.fixture(autouse=True)
 def _served_by_triton():
     """A call that the Triton kernels do not serve raises, instead of passing by another backend."""

@@ -1,7 +1,8 @@
 """The torch operators of attention, and its full public function.
 
-Backward recomputes the probabilities from lse: block by block in the C++ kernel, in memory that grows with the length
-of the sequence; elsewhere by the reference's formula in plain PyTorch, which holds the scores of the whole sequence.
+Backward recomputes the probabilities from lse: block by block in the C++ and Triton kernels, in memory that grows with
+the length of the sequence; elsewhere by the reference's formula in plain PyTorch, which holds the scores of the whole
+sequence.
 """
 
 import math
@@ -186,6 +187,7 @@ operators.define(
     check=_check_backward,
     reference=reference.attention_backward,
     shapes=_backward_shapes,
+    triton=triton_kernels and triton_kernels.attention_backward,
 )
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.

@@ -1,4 +1,6 @@
-"""Attention on the GPU: launches triton_forward's kernel, and triton_merge's where keys are split over programs."""
+"""Attention on the GPU: launches triton_forward's kernel, and triton_merge's where keys are split over programs; for
+the gradients triton_backward's three kernels, one after the other.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,6 +11,7 @@ import triton.language as tl
 
 from .. import backends, operators, triton_launch
 from . import reference, triton_merge, triton_tiles
+from .triton_backward import differentiate_key, differentiate_query, prepare
 from .triton_forward import attend
 from .triton_merge import merge
 
@@ -26,30 +29,24 @@ class _Plan(NamedTuple):
 
 
 MAX_HEAD_DIM = 256
+TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
 
 
-def _why_reference(query, value, terms):
-    """Why a call goes to the reference, or None if the kernel serves it."""
+def _plain_serves(query, value, terms) -> bool:
+    """Whether a call goes to the reference; `explain` hears why."""
     if query.shape[3] != value.shape[3] or query.shape[3] > MAX_HEAD_DIM:
-        return f"head_dim is over {MAX_HEAD_DIM}, or another than value's"
-    for name, term in terms.items():
-        if term is not None:
-            return f"{name} is given, which the Triton kernel does not read yet"
-    return None
+        backends.because(f"head_dim is over {MAX_HEAD_DIM}, or another than value's: plain PyTorch serves it")
+        return True
+    # The dispatcher drops trailing arguments that have their default.
+    given = [name for name, term in zip(TERMS, terms, strict=False) if term is not None]
+    for name in given:
+        backends.because(f"{name} is given, which the Triton kernel does not read yet: plain PyTorch serves it")
+    return bool(given)
 
 
-def attention(
-    query, key, value, window_left, window_right, scale, softcap,
-    mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
-):  # fmt: skip
-    terms = {
-        **{"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks},
-        **{"query_starts": query_starts, "key_starts": key_starts, "key_ends": key_ends},
-    }
-    why = _why_reference(query, value, terms)
-    if why is not None:
-        backends.because(f"{why}: plain PyTorch serves it")
-        return reference.attention(query, key, value, window_left, window_right, scale, softcap, **terms)
+def attention(query, key, value, window_left, window_right, scale, softcap, *terms):
+    if _plain_serves(query, value, terms):
+        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
@@ -117,4 +114,92 @@ def _launch_merge(parts, part_lse, out, lse):
         *(stride // vector for stride in out.stride()[:3]),
         VECTOR=vector, HEAD_DIM=head_dim, ROWS=triton_merge.ROWS, BLOCK_D=triton_tiles.padded(head_dim),
         **triton_launch.describe(out.device).options(triton_merge.THREADS),
+    )  # fmt: skip
+
+
+class _BackwardCall(NamedTuple):
+    """The tensors and options that the backward kernels share."""
+
+    grad_out: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    statistics: torch.Tensor  # (2 or 4, rows): lse in base 2, delta; of float32 also dLse and 1 / sum(P)
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+
+
+def attention_backward(
+    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap, *terms
+):
+    if _plain_serves(query, value, terms):
+        options = window_left, window_right, scale, softcap, *terms
+        return reference.attention_backward(grad_out, grad_lse, query, key, value, out, lse, *options)
+    no_bias = query.new_empty(0)
+    gradients = tuple(operators.empty_laid_out_like(tensor) for tensor in (query, key, value))
+    if lse.numel() == 0 or key.numel() == 0:
+        return *(gradient.zero_() for gradient in gradients), no_bias
+    grad_out, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad_out, out))
+    statistics = query.new_empty(4 if query.dtype is torch.float32 else 2, lse.numel(), dtype=torch.float32)
+    left, right = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
+    architecture = triton_launch.describe(query.device).architecture
+    call = _BackwardCall(grad_out, query, key, value, statistics, left, right, scale, softcap)
+    query_tile, key_tile = triton_tiles.backward_tiles(query.shape[3], query.element_size(), architecture)
+    with triton_launch.on(query.device):
+        _launch_prepare(call, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous())
+        _launch_differentiate_query(call, query_tile, gradients[0])
+        _launch_differentiate_key(call, key_tile, *gradients[1:])
+    return *gradients, no_bias
+
+
+def _launch_prepare(call, out, lse, grad_lse):
+    batch, heads, length, head_dim = call.query.shape
+    key_heads = call.key.shape[1]
+    strides = *out.stride()[:3], *call.grad_out.stride()[:3]
+    vector = triton_launch.vector_length(out.element_size(), *strides)
+    tiles = triton.cdiv(length * (heads // key_heads), triton_tiles.PREPARE_ROWS)
+    prepare[(batch * key_heads * tiles,)](
+        out, call.grad_out, lse, grad_lse, call.statistics, lse.numel(), length, key_heads,
+        *(stride // vector for stride in strides),
+        EXACT=out.dtype is torch.float32, GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
+        BLOCK_M=triton_tiles.PREPARE_ROWS, BLOCK_D=triton_tiles.padded(head_dim),
+        num_warps=triton_tiles.PREPARE_WARPS, **triton_launch.OPTIONS,
+    )  # fmt: skip
+
+
+def _launch_differentiate_query(call, tile, d_query):
+    batch, heads, length, _ = call.query.shape
+    programs = batch * call.key.shape[1] * triton.cdiv(length * (heads // call.key.shape[1]), tile.rows)
+    reach_of_a_block = tile.keys * max(call.key.stride(2), call.value.stride(2))
+    _launch_differentiate(differentiate_query, call, programs, tile, reach_of_a_block, d_query)
+
+
+def _launch_differentiate_key(call, tile, d_key, d_value):
+    batch, heads, length, _ = call.query.shape
+    _, key_heads, key_length, _ = call.key.shape
+    programs = batch * key_heads * triton.cdiv(key_length, tile.keys)
+    reach_of_a_key_head = max(
+        tensor.stride(1) * (heads // key_heads) + tensor.stride(2) * length for tensor in (call.query, call.grad_out)
+    )
+    _launch_differentiate(differentiate_key, call, programs, tile, reach_of_a_key_head, d_key, d_value)
+
+
+def _launch_differentiate(kernel, call, programs, tile, reach, *gradients):
+    """reach: how far apart, in elements, the kernel's loop addresses what it loads at most."""
+    _, heads, length, head_dim = call.query.shape
+    _, key_heads, key_length, _ = call.key.shape
+    tensors = call.query, call.key, call.value, call.grad_out
+    strides = [stride for tensor in (*tensors, *gradients) for stride in tensor.stride()[:3]]
+    vector = triton_launch.vector_length(call.query.element_size(), *strides)
+    factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
+    kernel[(programs,)](
+        *tensors, call.statistics, *gradients, call.statistics.shape[1], length, key_length, key_heads,
+        call.left or 0, call.right or 0, factor, call.softcap, call.scale, *(stride // vector for stride in strides),
+        OFFSET=tl.int32 if reach < 2**31 else tl.int64,
+        HAS_LEFT=call.left is not None, HAS_RIGHT=call.right is not None, EXACT=call.query.dtype is torch.float32,
+        GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=triton_tiles.padded(head_dim),
+        num_warps=tile.warps, num_stages=tile.stages, **triton_launch.OPTIONS,
     )  # fmt: skip

@@ -16,34 +16,7 @@ Letters: M query rows of a tile, N keys of a block, D head_dim padded to a power
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _tanh(x):
-    """To 3 units in the last place everywhere; exponentials alone lose small values to cancellation."""
-    size = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2_E)) + 1.0)
-    u = x * x
-    # Least squares over Chebyshev nodes of [0, 0.625^2], relative error 1.4 units of float32.
-    series = -0.00610494 * u + 0.02100363
-    series = series * u - 0.0538525
-    series = series * u + 0.13332782
-    series = series * u - 0.33333329
-    return tl.where(size < 0.625, x + x * u * series, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _load(rows, columns, row_inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """A tile at rows + columns, zero outside; the masks that a full block of a full head_dim needs are none."""
-    if MASKED:
-        if HEAD_DIM < BLOCK_D:
-            return tl.load(rows + columns, mask=row_inside & (columns < HEAD_DIM), other=0.0)
-        return tl.load(rows + columns, mask=row_inside, other=0.0)
-    if HEAD_DIM < BLOCK_D:
-        return tl.load(rows + columns, mask=columns < HEAD_DIM, other=0.0)
-    return tl.load(rows + columns)
+from .triton_shared import LN_2, LOG2_E, addresses, load_tile, rounded_up, tanh
 
 
 @triton.jit
@@ -61,10 +34,10 @@ def _attend(
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < key_length
         k_rows = key_ptr + tl.cast(start, tl.int64) * key_step + (offsets * key_step.to(OFFSET))[None, :]
-        k = _load(k_rows, column[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
+        k = load_tile(k_rows, column[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
         s = tl.dot(q, k, input_precision="ieee")  # [M, N]
         if softcap is not None:
-            s = _tanh(s * factor) * (softcap * LOG2_E)
+            s = tanh(s * factor) * (softcap * LOG2_E)
             scores_factor = 1.0
         else:
             scores_factor = factor
@@ -82,7 +55,7 @@ def _attend(
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(p, axis=1)
         v_rows = value_ptr + tl.cast(start, tl.int64) * value_step + (offsets * value_step.to(OFFSET))[:, None]
-        v = _load(v_rows, column[None, :], inside[:, None], HEAD_DIM, BLOCK_D, MASKED)  # [N, D]
+        v = load_tile(v_rows, column[None, :], inside[:, None], HEAD_DIM, BLOCK_D, MASKED)  # [N, D]
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         top = new_top
     return acc, top, total
@@ -94,11 +67,6 @@ def _share(begin, end, BLOCK_N: tl.constexpr):
     blocks = tl.cdiv(tl.maximum(end - begin, 0), tl.num_programs(1) * BLOCK_N)
     first = begin + tl.program_id(1) * blocks * BLOCK_N
     return first, tl.minimum(end, first + blocks * BLOCK_N)
-
-
-@triton.jit
-def _up(n, BLOCK_N: tl.constexpr):
-    return tl.cdiv(n, BLOCK_N) * BLOCK_N
 
 
 @triton.jit
@@ -133,7 +101,7 @@ def _attend_window(
     begin, whole = 0, 0
     if HAS_LEFT:
         begin = tl.maximum(first - window_left, 0) // BLOCK_N * BLOCK_N
-        whole = _up(tl.maximum(last - window_left, 0), BLOCK_N)
+        whole = rounded_up(tl.maximum(last - window_left, 0), BLOCK_N)
     end, whole_end = key_length, key_length
     if HAS_RIGHT:
         end = tl.minimum(end, last + window_right + 1)
@@ -160,17 +128,6 @@ def _attend_window(
         _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),
         factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
-
-
-@triton.jit
-def _addresses(
-    pointer, row, batch, key_head, batch_stride, head_stride, step, VECTOR: tl.constexpr, GROUP: tl.constexpr
-):
-    """Where each row begins: row r is head r % GROUP of the key head, at position r // GROUP. [M, 1]"""
-    head = (key_head * GROUP + row % GROUP).to(tl.int64)
-    index = (row // GROUP).to(tl.int64)
-    start = pointer + batch.to(tl.int64) * batch_stride * VECTOR
-    return (start + head * head_stride * VECTOR + index * step * VECTOR)[:, None]
 
 
 @triton.jit(
@@ -204,8 +161,8 @@ def attend(
     )
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)[None, :]
-    q_rows = _addresses(query_ptr, row, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
-    q = _load(q_rows, column, (row < query_length * GROUP)[:, None], HEAD_DIM, BLOCK_D, True)  # [M, D]
+    q_rows = addresses(query_ptr, row, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
+    q = load_tile(q_rows, column, (row < query_length * GROUP)[:, None], HEAD_DIM, BLOCK_D, True)  # [M, D]
     if NEGATIVE:
         # `factor` is positive, so that the largest product is the largest score; q takes the scale's sign, exactly.
         q = (-q.to(tl.float32)).to(q.dtype)
@@ -221,13 +178,13 @@ def attend(
     inside = row < query_length * GROUP
     split = tl.program_id(1).to(tl.int64)
     out = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
-    out_rows = _addresses(
+    out_rows = addresses(
         out_ptr + split * out_split * VECTOR, row, batch, chosen, out_batch, out_head, out_step, VECTOR, GROUP
     )
     tl.store(out_rows + column, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (column < HEAD_DIM))
     heads = key_heads.to(tl.int64) * GROUP
     batches = tl.num_programs(0) // tiles // key_heads
-    lse_rows = _addresses(
+    lse_rows = addresses(
         lse_ptr + split * batches * heads * query_length,
         row,
         batch,

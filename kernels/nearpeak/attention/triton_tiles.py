@@ -61,6 +61,75 @@ def tile_sizes(rows: int, head_dim: int, itemsize: int, architecture: int | str,
     return THROUGH_REGISTERS[itemsize][width]
 
 
+class BackwardTiles(NamedTuple):
+    """For each kernel of the backward pass; `prepare` takes rows only."""
+
+    prepare: Tile
+    query: Tile
+    key: Tile
+
+
+# For the kernel that makes dQ, and for the one that makes dK and dV: chosen as above. An AMD program's loads pass
+# through registers whatever its stages, so that one leaves the most to the tile.
+BACKWARD_SM_90 = {
+    2: {
+        64: (Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 2)),
+    },
+    4: {
+        64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        128: (Tile(32, 16, 8, 1), Tile(16, 32, 8, 2)),
+        256: (Tile(16, 16, 8, 2), Tile(16, 32, 8, 1)),
+    },
+}
+BACKWARD_SM_100 = {
+    2: {
+        64: (Tile(128, 32, 8, 3), Tile(64, 128, 8, 3)),
+        128: (Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        256: (Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
+    },
+    4: BACKWARD_SM_90[4],
+}
+BACKWARD_THROUGH_REGISTERS = {
+    2: {
+        64: (Tile(128, 64, 8, 3), Tile(32, 128, 8, 3)),
+        128: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
+    },
+    4: {
+        64: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        128: (Tile(32, 16, 4, 1), Tile(16, 64, 8, 2)),
+        256: (Tile(16, 16, 8, 2), Tile(16, 32, 8, 1)),
+    },
+}
+BACKWARD_AMD = {
+    2: {
+        64: (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
+        128: (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+        256: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+    },
+    4: {
+        64: (Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
+        128: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+        256: (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+    },
+}
+PREPARE_ROWS, PREPARE_WARPS = 16, 1  # of the kernel before them, which only waits for memory
+
+
+def backward_tiles(head_dim: int, itemsize: int, architecture: int | str) -> tuple[Tile, Tile]:
+    """What one program takes at once: of the kernel that makes dQ, and of the one that makes dK and dV."""
+    width = max(64, padded(head_dim))
+    if isinstance(architecture, str):
+        table = BACKWARD_AMD
+    elif 90 <= architecture < 120:
+        table = BACKWARD_SM_90 if architecture < 100 else BACKWARD_SM_100
+    else:
+        table = BACKWARD_THROUGH_REGISTERS
+    return table[itemsize][width]
+
+
 MOST_SPLITS = 64
 KEYS_A_SPLIT = 256  # fewer are not worth a merge
 PROGRAMS_A_PROCESSOR = 2  # that a split aims at
