@@ -29,6 +29,8 @@ PACKED = {
     "softcap": Packed((20, 9), (25, 9), {"softcap": 3.0}),
     "long": Packed((200, 73, 10), (400, 193, 900), {"causal": True}),
     "one": Packed((9,), (9,), {}),
+    "one_row": Packed((0, 1), (0, 1), {}),
+    "one_row_and_no_key": Packed((1, 0), (0, 1), {}),
 }
 
 
@@ -76,6 +78,12 @@ def test_packed_sequences_are_as_exact_as_each_alone(serving, dtype, name):
     doubles = [(plain.doubled(inputs), plain.doubled(grads)) for inputs, grads in draws]
     expected = standards([values(one_by_one(packed), draws)], values(one_by_one(packed), doubles))
     assert_as_exact(values(served(packed), draws), expected)
+
+
+def test_no_sequences_give_no_rows(serving):
+    query, key, starts = torch.ones(1, HEADS, 0, HEAD_DIM), torch.ones(1, KEY_HEADS, 0, HEAD_DIM), torch.tensor([0])
+    out, lse = nearpeak.attention(query, key, key[..., :5], query_starts=starts, key_starts=starts, return_lse=True)
+    assert (out.shape, lse.shape) == ((1, HEADS, 0, 5), (1, HEADS, 0))
 
 
 @pytest.mark.parametrize("threads", [2, 5])

@@ -87,7 +87,12 @@ def _shared(tensor, group):
 
 
 def sequences(query, key, query_starts, key_starts, key_ends):
-    """(batch, queries, keys) of each sequence, the last two slices; ValueError where the bounds do not fit."""
+    """(batch, queries, keys) of each sequence, the last two slices; none where nothing bounds them.
+
+    Raises ValueError where the bounds do not fit.
+    """
+    if query_starts is None and key_starts is None and key_ends is None:
+        return []
     packed = query_starts is not None
     starts = query_starts.tolist() if packed else None
     count = len(starts) - 1 if packed else query.shape[0]
@@ -113,41 +118,47 @@ def sequences(query, key, query_starts, key_starts, key_ends):
     return parts
 
 
-def _part(tensor, batch, *slices):
-    """Of a tensor whose sizes of 1 broadcast, the part of one sequence."""
+def _rows(tensor, batch, rows):
+    """Of a tensor (batch, heads, length, ...), the rows of one sequence."""
+    return None if tensor is None else tensor[batch : batch + 1, :, rows]
+
+
+def _pairs(tensor, batch, queries, keys):
+    """Of a mask or bias, whose sizes of 1 broadcast, the part of one sequence."""
     if tensor is None:
         return None
     tensor = tensor[batch : batch + 1] if tensor.shape[0] > 1 else tensor
-    for dim, part in zip((2, 3), slices, strict=False):
-        tensor = tensor if tensor.shape[dim] == 1 else tensor[(slice(None),) * dim + (part,)]
-    return tensor
+    return tensor[..., keys] if tensor.shape[2] == 1 else tensor[:, :, queries, keys]
 
 
-def _options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks):
-    """The last options of `attention` for one sequence."""
+def _terms_of(sequence, mask, bias, alibi_slopes, sinks):
+    """The terms of the scores of one sequence."""
+    batch = sequence[0]
     if alibi_slopes is not None and alibi_slopes.dim() == 2:
         alibi_slopes = alibi_slopes[batch : batch + 1]
-    return _part(mask, batch, queries, keys), _part(bias, batch, queries, keys), alibi_slopes, sinks
+    return _pairs(mask, *sequence), _pairs(bias, *sequence), alibi_slopes, sinks
+
+
+def _attention_of_sequences(parts, packed, query, key, value, options, terms):
+    results = [
+        attention(
+            _rows(query, batch, queries), _rows(key, batch, keys), _rows(value, batch, keys),
+            *options, *_terms_of((batch, queries, keys), *terms),
+        )
+        for batch, queries, keys in parts
+    ]  # fmt: skip
+    out, lse = (torch.cat(each, 2 if packed else 0) for each in zip(*results, strict=True))
+    return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse
 
 
 def attention(
     query, key, value, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
 ):  # fmt: skip
-    if query_starts is not None or key_starts is not None or key_ends is not None:
-        results = [
-            attention(
-                _part(query, batch, queries), _part(key, batch, keys), _part(value, batch, keys),
-                window_left, window_right, scale, softcap,
-                *_options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks),
-            )
-            for batch, queries, keys in sequences(query, key, query_starts, key_starts, key_ends)
-        ]  # fmt: skip
-        empty = query.new_empty(*query.shape[:-1], 0).sum(-1)
-        dim = 0 if query_starts is None else 2
-        outs, lses = zip(*results, strict=True) if results else ((query[..., :0],), (empty,))
-        out = torch.cat(outs, dim)
-        return empty_laid_out_like(query, value.shape[-1]).copy_(out), torch.cat(lses, dim)
+    parts = sequences(query, key, query_starts, key_starts, key_ends)
+    if parts:
+        options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
+        return _attention_of_sequences(parts, query_starts is not None, query, key, value, options, terms)
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     with without_autocast(query.device):
@@ -156,6 +167,26 @@ def attention(
         probabilities, lse = _softmax(scores, sinks)
         out = torch.einsum("bhgqk,bhgkd->bhgqd", probabilities, v).flatten(1, 2)
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
+
+
+def _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradient):
+    grad_out, grad_lse, query, key, value, out, lse = tensors
+    bias = terms[1]
+    gradients = [torch.zeros_like(widened(tensor)) for tensor in (query, key, value)]
+    d_bias = torch.zeros_like(widened(bias)) if bias_gradient else query.new_empty(0)
+    for batch, queries, keys in parts:
+        *of_sequence, of_bias = attention_backward(
+            *(_rows(tensor, batch, queries) for tensor in (grad_out, grad_lse, query)),
+            *(_rows(tensor, batch, keys) for tensor in (key, value)),
+            *(_rows(tensor, batch, queries) for tensor in (out, lse)),
+            *options, *_terms_of((batch, queries, keys), *terms), bias_gradient=bias_gradient,
+        )  # fmt: skip
+        for gradient, part, rows in zip(gradients, of_sequence, (queries, keys, keys), strict=True):
+            _rows(gradient, batch, rows).add_(part)
+        if bias_gradient:
+            _pairs(d_bias, batch, queries, keys).add_(of_bias)
+    laid_out = (empty_laid_out_like(t).copy_(g) for t, g in zip((query, key, value), gradients, strict=True))
+    return *laid_out, d_bias.to(bias.dtype) if bias_gradient else d_bias
 
 
 def attention_backward(
@@ -172,24 +203,11 @@ def attention_backward(
     `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
     The last result is empty where `bias_gradient` does not ask for it.
     """
-    options = window_left, window_right, scale, softcap
-    if query_starts is not None or key_starts is not None or key_ends is not None:
-        gradients = [torch.zeros_like(widened(tensor)) for tensor in (query, key, value)]
-        d_bias = torch.zeros_like(widened(bias)) if bias_gradient else query.new_empty(0)
-        for batch, queries, keys in sequences(query, key, query_starts, key_starts, key_ends):
-            of_out = [_part(tensor, batch, queries) for tensor in (grad_out, grad_lse, query)]
-            of_keys = [_part(tensor, batch, keys) for tensor in (key, value)]
-            *parts, of_bias = attention_backward(
-                *of_out, *of_keys, _part(out, batch, queries), _part(lse, batch, queries), *options,
-                *_options_of(batch, queries, keys, mask, bias, alibi_slopes, sinks), bias_gradient=bias_gradient,
-            )  # fmt: skip
-            for gradient, part, slices in zip(gradients, parts, (queries, keys, keys), strict=True):
-                gradient[batch : batch + 1, :, slices] += part
-            if bias_gradient:
-                _part(d_bias, batch, queries, keys).add_(of_bias)
-        pairs = zip((query, key, value), gradients, strict=True)
-        d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
-        return *(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in pairs), d_bias
+    parts = sequences(query, key, query_starts, key_starts, key_ends)
+    if parts:
+        options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        return _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradient)
     heads = key.shape[1]
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
