@@ -12,7 +12,7 @@ import torch
 from draws import assert_as_exact, standards
 from inputs import DTYPES, EXAMPLES, every_second, for_all, padded, randn
 from nearpeak.attention import reference
-from test_attention import MOST_DRAWS, Case, mask_of, scale_of, values, window_of
+from test_attention import ENOUGH_ROWS, MOST_DRAWS, Case, doubled, mask_of, scale_of, values, window_of
 
 
 class Terms(NamedTuple):
@@ -136,13 +136,9 @@ def eager_layer(terms):
     return call
 
 
-def doubled(draws):
-    return [(plain.doubled(inputs), grads and plain.doubled(grads)) for inputs, grads in draws]
-
-
 def draws_of(terms, dtype, count=8):
     rows = max(1, terms.case.batch * terms.case.heads * terms.case.query_length)
-    count = max(count, min(MOST_DRAWS, 512 // rows))
+    count = max(count, min(MOST_DRAWS, ENOUGH_ROWS // rows))
     seeds = (terms.case._replace(seed=terms.case.seed + 10 * draw) for draw in range(count))
     return [inputs_of(terms._replace(case=case), dtype) for case in seeds]
 

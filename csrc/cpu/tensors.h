@@ -20,6 +20,8 @@ using torch::stable::Tensor;
 
 constexpr int kMaxDims = 16;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 Dtype dtype_of(const Tensor& tensor);
 
 // What every operator checks before its kernel runs, at some 20 ns each. The message is for callers of torch.ops:

@@ -111,6 +111,11 @@ inline std::vector<int64_t> numbers_of(const Tensor& tensor) {
 // packed batch, whose keys end where the next one's begin unless key_ends says otherwise.
 inline std::vector<Sequence> sequences_of(const Tensor& query, const Tensor& key, const Bounds& bounds) {
     const int64_t queries = query.size(2), keys = key.size(2);
+    std::vector<Sequence> sequences;
+    if (!bounds.given()) {
+        for (int64_t batch = 0; batch < query.size(0); ++batch) sequences.push_back({batch, 0, queries, 0, keys, 0});
+        return sequences;
+    }
     std::vector<int64_t> query_starts, starts, ends;
     const bool packed = bounds.query_starts.has_value();
     if (packed) query_starts = numbers_of(*bounds.query_starts);
@@ -127,7 +132,6 @@ inline std::vector<Sequence> sequences_of(const Tensor& query, const Tensor& key
                 static_cast<int64_t>(ends.size()) == count &&
                 (!packed || (query.size(0) == 1 && query_starts.front() == 0 && query_starts.back() == queries)),
             "attention");
-    std::vector<Sequence> sequences;
     for (int64_t i = 0; i < count; ++i) {
         const int64_t begin = packed ? query_starts[i] : 0, end = packed ? query_starts[i + 1] : queries;
         require(begin <= end && starts[i] >= 0 && starts[i] <= ends[i] && ends[i] <= keys, "attention");

@@ -22,8 +22,6 @@ constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
 // Rows of a prefill task: more share one packing of the keys and values, as long as they fit the second-level cache.
 constexpr int64_t kMinRows = 32, kMaxRows = 384, kRowElements = 192 * 128;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
 // Of query's kind and shape, with value's head_dim.

@@ -19,8 +19,6 @@ constexpr int64_t kRowUnit = 32, kBlockRows = 768;
 // Columns of a block at least, where there are as many: fewer would not pay for packing the rows.
 constexpr int64_t kMinBlockColumns = 64;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How many tasks a product should be cut into.
 int64_t tasks_wanted(const Product& p) {
     const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());

@@ -195,6 +195,13 @@ _attention = torch.ops.nearpeak.attention.default
 _attention_inference = torch.ops.nearpeak.attention_inference.default
 
 
+def mask_and_bias(attn_mask):
+    """`attention`'s options for what others pass as one tensor: boolean, or to be added; None for none."""
+    if attn_mask is None:
+        return None, None
+    return (attn_mask, None) if attn_mask.dtype is torch.bool else (None, attn_mask)
+
+
 def of_all_keys(pairs, key):
     """A mask or bias in four dimensions, the last of them whole."""
     if not isinstance(pairs, torch.Tensor) or pairs.dim() > 4:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import backends
 from ..operators import autocast
-from .operator import MAX_HEAD_DIM, OPEN, attention
+from .operator import MAX_HEAD_DIM, OPEN, attention, mask_and_bias
 
 
 def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
@@ -59,8 +59,5 @@ def scaled_dot_product_attention(
         )
     # Top-left alignment in attention's bottom-right terms: query i sees keys up to i.
     window = (None, query.shape[2] - key.shape[2]) if is_causal else OPEN
-    if attn_mask is None:
-        return attention(query, key, value, window=window, scale=scale)
-    if attn_mask.dtype is torch.bool:
-        return attention(query, key, value, window=window, scale=scale, mask=attn_mask)
-    return attention(query, key, value, window=window, scale=scale, bias=attn_mask)
+    mask, bias = mask_and_bias(attn_mask)
+    return attention(query, key, value, window=window, scale=scale, mask=mask, bias=bias)

@@ -15,7 +15,7 @@ import torch
 
 from .. import backends
 from . import reference
-from .operator import MAX_HEAD_DIM, of_all_keys
+from .operator import MAX_HEAD_DIM, mask_and_bias, of_all_keys
 
 NAME = "nearpeak"
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -72,8 +72,7 @@ def _plain_serves(query, value) -> bool:
 
 def _options(query, key, is_causal, scale, attn_mask):
     """What follows query, key and value in attention's operators."""
-    pairs = None if attn_mask is None else of_all_keys(attn_mask, key)
-    mask, bias = (pairs, None) if pairs is not None and pairs.dtype is torch.bool else (None, pairs)
+    mask, bias = mask_and_bias(None if attn_mask is None else of_all_keys(attn_mask, key))
     # PyTorch's causal mask aligns to the top left: query i sees keys up to i.
     right = query.shape[2] - key.shape[2] if is_causal else None
     return None, right, query.shape[3] ** -0.5 if scale is None else scale, None, mask, bias

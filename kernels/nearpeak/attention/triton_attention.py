@@ -15,6 +15,8 @@ from .triton_backward import differentiate_key, differentiate_query, prepare
 from .triton_forward import attend
 from .triton_merge import merge
 
+MAX_HEAD_DIM = 256
+TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
 SMALLEST_FACTOR = 1e-30  # stands for a scale of 0, which would make NaN of a masked score's -inf
 
 
@@ -26,10 +28,6 @@ class _Plan(NamedTuple):
     tile: triton_tiles.Tile
     programs: int
     splits: int  # programs that share the keys of one tile
-
-
-MAX_HEAD_DIM = 256
-TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
 
 
 def _plain_serves(query, value, terms) -> bool:

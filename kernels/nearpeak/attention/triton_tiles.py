@@ -61,14 +61,6 @@ def tile_sizes(rows: int, head_dim: int, itemsize: int, architecture: int | str,
     return THROUGH_REGISTERS[itemsize][width]
 
 
-class BackwardTiles(NamedTuple):
-    """For each kernel of the backward pass; `prepare` takes rows only."""
-
-    prepare: Tile
-    query: Tile
-    key: Tile
-
-
 # For the kernel that makes dQ, and for the one that makes dK and dV: chosen as above. An AMD program's loads pass
 # through registers whatever its stages, so that one leaves the most to the tile.
 BACKWARD_SM_90 = {

@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .. import backends
 from ..attention import attention
-from ..attention.operator import MAX_HEAD_DIM
+from ..attention.operator import MAX_HEAD_DIM, mask_and_bias
 from ..attention.reference import allowed
 
 NAME = "nearpeak"
@@ -146,10 +146,9 @@ def _is_padding(attention_mask, query) -> bool:
 
 def _masks(attention_mask, is_causal, left) -> dict:
     """attention's options for a mask that says it all, or for padding beside a causal mask and its window."""
-    masks = {"causal": True, "window": (left, None)} if is_causal else {}
-    if attention_mask is not None:
-        masks["mask" if attention_mask.dtype is torch.bool else "bias"] = attention_mask
-    return masks
+    mask, bias = mask_and_bias(attention_mask)
+    band = {"causal": True, "window": (left, None)} if is_causal else {}
+    return {**band, "mask": mask, "bias": bias}
 
 
 def _why_transformers_serves(query, key, value, attention_mask, dropout, others):
