@@ -107,11 +107,6 @@ def _check_out(x, pair, out):
         raise ValueError("out must be two different tensors: y and new_residual are both written")
 
 
-def _check_no_gradient(*tensors):
-    if operators.wants_gradient(*tensors):
-        raise ValueError("out cannot be given where gradients are recorded: leave it out, or use torch.no_grad()")
-
-
 def _check_into(x, weight, residual, eps, offset, out, residual_out):
     _check(x, weight, residual)
     _check_out(x, residual is not None, out if residual is None else (out, residual_out))
@@ -288,12 +283,18 @@ def rms_norm(x, weight=None, eps=1e-6, *, residual=None, offset=0.0, out=None):
 
 
 def _rms_norm_into(out, x, weight, residual, eps, offset):
-    _check(x, weight, residual)
-    _check_out(x, residual is not None, out)
-    _check_no_gradient(x, weight, residual)
-    y, new_residual = (out, None) if residual is None else out
-    serve = reference.rms_norm_out if backends.reference_serves(x) else _rms_norm_out
-    serve(x, weight, residual, eps, offset, y, new_residual)
+    pair = residual is not None
+    try:
+        y, new_residual = _destinations(out, pair, x, weight, residual)
+        serve = _rms_norm_out
+        if backends.reference_serves(x):
+            _check_into(x, weight, residual, eps, offset, y, new_residual)
+            serve = reference.rms_norm_out
+        serve(x, weight, residual, eps, offset, y, new_residual)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        _check(x, weight, residual)
+        _check_out(x, pair, out)
+        raise
     operators.mark_written(y, new_residual)
     return out
 
@@ -353,12 +354,27 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, return_res
 
 def _layer_norm_into(out, x, weight, bias, residual, return_residual, eps):
     pair = residual is not None and return_residual
-    _check(x, weight, residual, bias)
-    _check_out(x, pair, out)
-    _check_no_gradient(x, weight, bias, residual)
-    y, new_residual = out if pair else (out, None)
-    by_reference = backends.reference_serves(x, kernels=backends.WITHOUT_CUDA)
-    serve = reference.layer_norm_out if by_reference else _layer_norm_out
-    serve(x, weight, bias, residual, eps, y, new_residual)
+    try:
+        y, new_residual = _destinations(out, pair, x, weight, bias, residual)
+        serve = _layer_norm_out
+        if backends.reference_serves(x, kernels=backends.WITHOUT_CUDA):
+            _check_layer_norm_into(x, weight, bias, residual, eps, y, new_residual)
+            serve = reference.layer_norm_out
+        serve(x, weight, bias, residual, eps, y, new_residual)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        _check(x, weight, residual, bias)
+        _check_out(x, pair, out)
+        raise
     operators.mark_written(y, new_residual)
+    return out
+
+
+def _destinations(out, pair, *inputs):
+    """What `out` holds: y and, of a pair, new_residual."""
+    if operators.wants_gradient(*inputs):
+        raise ValueError("out cannot be given where gradients are recorded: leave it out, or use torch.no_grad()")
+    if not pair:
+        return out, None
+    if not isinstance(out, tuple) or out[0] is out[1]:  # what the kernel cannot see
+        raise ValueError("out must be a pair of different tensors")
     return out
