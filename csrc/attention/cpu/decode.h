@@ -49,6 +49,17 @@ inline void multiply_add(Float& sum, Two a, Two b) {
     sum += a.high * b.high;
 }
 
+// GCC would load a query's vector again for each key, and loads are what this loop has most of.
+inline void keep_in_register(Float& value) {
+#ifdef __x86_64__
+    asm("" : "+v"(value));
+#endif
+}
+inline void keep_in_register(Two& value) {
+    keep_in_register(value.low);
+    keep_in_register(value.high);
+}
+
 // The largest, and the sum, over the lanes that hold the same row: every kRows-th.
 template <int kRows>
 inline Float maximum_over_keys(Float value) {
@@ -81,7 +92,10 @@ class Decode {
     void run(float* partial) {
         std::fill_n(memory.query, (rows + kRowsTogether - 1) * memory.query_stride, 0.0f);
         std::fill_n(memory.out, (rows + kRowsTogether - 1) * memory.out_stride, 0.0f);
-        for (int64_t row = 0; row < rows; ++row) load_query(row);
+        for (int64_t row = 0; row < rows; ++row) {
+            load_query(row);
+            ranges[row] = allowed_keys(p, task.sequence, (task.row_begin + row) / p.group());
+        }
         for (int64_t row = 0; row < rows; row += kRowsTogether) {
             maximum[row / kRowsTogether] = broadcast(-kInfinity);
             total[row / kRowsTogether] = Float{};
@@ -103,6 +117,7 @@ class Decode {
     const int64_t rows;
     DecodeMemory memory;
     const T *keys, *values;
+    KeyRange ranges[kDecodeRows];
     Float maximum[kDecodeRows / kRowsTogether], total[kDecodeRows / kRowsTogether];
 
     // Three rows go as four, one of zeros: a vector holds a whole number of keys.
@@ -116,17 +131,16 @@ class Decode {
     const T* key_at(int64_t key) const { return keys + key * p.key_strides.position; }
     const T* value_at(int64_t key) const { return values + key * p.value_strides.position; }
 
-    // Fetches rows line by line, in the order in which they lie in memory, which is what memory is fast at.
+    // Fetches rows one by one, line after line, in the order in which they lie in memory, which memory is fast at.
     struct Fetch {
         const T* rows;
-        int64_t stride, width, count, row = 0, column = 0;
+        int64_t stride, width, count, row = 0;
 
         void next() {
             if (row >= count) return;
-            __builtin_prefetch(rows + row * stride + column);
-            column += 64 / sizeof(T);
-            if (column < width) return;
-            column = 0;
+            for (int64_t column = 0; column < width; column += 64 / sizeof(T)) {
+                __builtin_prefetch(rows + row * stride + column);
+            }
             ++row;
         }
     };
@@ -149,10 +163,9 @@ class Decode {
         Float now = row_maximum;
         // The first rows fetch for all.
         Fetch coming_values{value_at(begin), p.value_strides.position, p.value_dim, row == 0 ? end - begin : 0};
-        const int lines = kKeys * (p.value_dim * sizeof(T) / 64 + 1);
         if (p.has_terms()) load_terms<kRows>(row, begin, end);
         for (int64_t key = begin; key < end; key += kKeys) {
-            for (int line = 0; line < lines; ++line) coming_values.next();
+            for (int k = 0; k < kKeys; ++k) coming_values.next();
             Float score = multiply_keys<kRows>(row, key, end - 1);
             if (p.softcap > 0) score = capped(p, score);
             if (p.has_terms()) score += load(memory.terms + (key - begin) * kRows);
@@ -196,8 +209,7 @@ class Decode {
     Bounds allowed_in_block(int64_t row, int64_t begin, int64_t end) const {
         Bounds bounds;
         for (int r = 0; r < kRows; ++r) {
-            const int64_t own = std::min(row + r, rows - 1);
-            const KeyRange allowed = allowed_keys(p, task.sequence, (task.row_begin + own) / p.group());
+            const KeyRange allowed = ranges[std::min(row + r, rows - 1)];
             for (int lane = r; lane < kLanes; lane += kRows) {
                 bounds.first[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.begin - begin, 0, end - begin));
                 bounds.last[lane] = static_cast<int32_t>(std::clamp<int64_t>(allowed.end - begin, 0, end - begin));
@@ -222,7 +234,8 @@ class Decode {
             for (int k = 0; k < kKeys; ++k) elements[k] = load(at[k] + d, lanes);
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-                const auto q = load(query + r * memory.query_stride + d, kept(lanes));
+                auto q = load(query + r * memory.query_stride + d, kept(lanes));
+                keep_in_register(q);
 #pragma GCC unroll 16
                 for (int k = 0; k < kKeys; ++k) multiply_add(sums[k * kRows + r], q, elements[k]);
             }
@@ -234,29 +247,35 @@ class Decode {
     void add_values(int64_t row, int64_t begin, int64_t end, Float decay) {
         constexpr int kColumns = std::max(1, kSumsTogether / (2 * kRows));
         constexpr int64_t kStep = kColumns * 2 * kLanes;
-        const int64_t coming = std::min(kDecodeBlock, task.key_end - end);
-        Fetch coming_keys{key_at(end), p.key_strides.position, p.head_dim, row == 0 ? coming : 0};
+        const int64_t coming = row == 0 ? std::min(kDecodeBlock, task.key_end - end) : 0;
+        Fetch coming_keys{key_at(end), p.key_strides.position, p.head_dim, coming};
+        // A next key after so many of these: spread evenly over all columns.
+        const int64_t keys_per_fetch = (p.value_dim + kStep - 1) / kStep;
         int64_t d = 0;
         for (; d + kStep <= p.value_dim; d += kStep) {
-            add_columns<kRows, kColumns>(row, d, TwoVectors<T>{}, begin, end, decay, coming_keys);
+            add_columns<kRows, kColumns>(row, d, TwoVectors<T>{}, begin, end, decay, coming_keys, keys_per_fetch);
         }
         for_each_two<T>(p.value_dim - d, [&](int64_t column, auto lanes, int) {
-            add_columns<kRows, 1>(row, d + column, lanes, begin, end, decay, coming_keys);
+            add_columns<kRows, 1>(row, d + column, lanes, begin, end, decay, coming_keys, keys_per_fetch);
         });
     }
 
     template <int kRows, int kColumns, class Lanes>
-    void add_columns(int64_t row, int64_t d, Lanes lanes, int64_t begin, int64_t end, Float decay, Fetch& coming_keys) {
+    void add_columns(int64_t row, int64_t d, Lanes lanes, int64_t begin, int64_t end, Float decay, Fetch& coming_keys,
+                     int64_t keys_per_fetch) {
         decltype(load(values, lanes)) sums[kRows][kColumns] = {};
         const T* value = value_at(begin) + d;
         const float* weight = memory.scores;
-        for (int64_t key = begin; key < end; ++key, value += p.value_strides.position, weight += kRows) {
+        for (int64_t key = begin; key < end;) {
             coming_keys.next();
+            const int64_t stop = std::min(key + keys_per_fetch, end);
+            for (; key < stop; ++key, value += p.value_strides.position, weight += kRows) {
 #pragma GCC unroll 4
-            for (int c = 0; c < kColumns; ++c) {
-                const auto element = load(value + c * 2 * kLanes, lanes);
+                for (int c = 0; c < kColumns; ++c) {
+                    const auto element = load(value + c * 2 * kLanes, lanes);
 #pragma GCC unroll 4
-                for (int r = 0; r < kRows; ++r) sums[r][c] = sums[r][c] + weight[r] * element;
+                    for (int r = 0; r < kRows; ++r) sums[r][c] = sums[r][c] + weight[r] * element;
+                }
             }
         }
         for (int r = 0; r < kRows; ++r) {
