@@ -51,7 +51,7 @@ inline void multiply_add(Float& sum, Two a, Two b) {
 
 // GCC would load a query's vector again for each key, and loads are what this loop has most of.
 inline void keep_in_register(Float& value) {
-#ifdef __x86_64__
+#if (NEARPEAK_LANES == 16 && defined(__AVX512F__)) || (NEARPEAK_LANES == 8 && defined(__AVX2__))
     asm("" : "+v"(value));
 #endif
 }
