@@ -1,6 +1,6 @@
 """nearpeak: fused Transformer kernels for PyTorch, with the same numbers as the plain layers."""
 
-from . import nn
+from . import compat, nn
 from .attention import attention, merge_attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
@@ -17,6 +17,7 @@ __all__ = [
     "activation",
     "apply_rotary",
     "attention",
+    "compat",
     "explain",
     "geglu",
     "layer_norm",
