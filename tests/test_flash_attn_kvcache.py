@@ -225,6 +225,17 @@ def paged(**changes):
     return call
 
 
+@pytest.mark.parametrize("case", ["turned", "entries", "pages causal"])
+def test_one_graph_under_compile(case):
+    """Numbers are checked by what reads them there; the cache is written in place all the same."""
+    call, again = Call(CASES[case], torch.float32), Call(CASES[case], torch.float32)
+    expected = flash_attn_with_kvcache(**call.arguments())
+    torch._dynamo.reset()
+    compiled = torch.compile(flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    for result, wanted in zip((*compiled(**again.arguments()), *again.caches), (*expected, *call.caches), strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
 F64 = {"dtype": torch.float64}
 BAD = {
     "integers": (TypeError, "q must", changed(q=torch.ones(3, 2, 4, 10).int())),

@@ -86,13 +86,15 @@ class _Cache:
         self.keys, self.values, self.ends = keys, values, ends
         self.table = None if block_table is None else used_pages(keys, block_table, ends)
         self.entries = None if batch_idx is None else batch_idx.long()
+        self.longest = None
         if not torch.compiler.is_compiling():
+            self.longest = max(ends.tolist(), default=0)
             self._check_numbers(leftpad)
 
     def _check_numbers(self, leftpad):
         """Under torch.compile, which has no numbers to look at, attention's own kernels check those that they read."""
         ends = self.ends.tolist()
-        if self.table is None and max(ends, default=0) > self.keys.shape[1]:
+        if self.table is None and self.longest > self.keys.shape[1]:
             raise ValueError(
                 f"cache_seqlens must leave room for the new keys in a cache of {self.keys.shape[1]}: they would end "
                 f"at {ends}"
@@ -123,7 +125,8 @@ class _Cache:
         if self.table is not None:
             return gathered(self.keys, self.table), gathered(self.values, self.table)
         if self.entries is not None:
-            return self.keys[self.entries], self.values[self.entries]
+            # A copy, so only of what is read.
+            return tuple(cache[:, : self.longest][self.entries] for cache in (self.keys, self.values))
         batch = self.ends.shape[0]
         return self.keys[:batch], self.values[:batch]
 
