@@ -58,7 +58,7 @@ def parts(dtype=torch.float64, unseen1=(), unseen2=()):
 
 
 def test_gradients_are_those_of_the_formula():
-    arguments = [t.requires_grad_() for t in parts()]
+    arguments = [t[:1, :2, :2].contiguous().requires_grad_() for t in parts()]
     assert torch.autograd.gradcheck(nearpeak.merge_attention, arguments)
     assert torch.autograd.gradgradcheck(nearpeak.merge_attention, arguments)
 
