@@ -14,6 +14,7 @@ FUNCTIONS = [name for name in nearpeak.__all__ if inspect.isroutine(getattr(near
 DOCUMENTED = {
     **{name: getattr(nearpeak, name) for name in nearpeak.__all__ if callable(getattr(nearpeak, name))},
     **{f"nn.{name}": getattr(nearpeak.nn, name) for name in nearpeak.nn.__all__},
+    **{name: getattr(nearpeak.compat.flash_attn, name) for name in nearpeak.compat.flash_attn.__all__},
 }
 
 

@@ -1,7 +1,7 @@
 """nearpeak: fused Transformer kernels for PyTorch, with the same numbers as the plain layers."""
 
-from . import nn
-from .attention import attention, scaled_dot_product_attention
+from . import compat, nn
+from .attention import attention, merge_attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
@@ -17,10 +17,12 @@ __all__ = [
     "activation",
     "apply_rotary",
     "attention",
+    "compat",
     "explain",
     "geglu",
     "layer_norm",
     "linear",
+    "merge_attention",
     "nn",
     "patch",
     "patched",

@@ -7,6 +7,7 @@
 Weights are shared, never copied, and no other model in the process changes. Each kind of layer has its file:
 
     linears.py    torch.nn.Linear
+    multihead.py  torch.nn.MultiheadAttention
     norms.py      any module that computes RMSNorm or LayerNorm, recognised by what it computes
     rotary.py     attention modules that call Hugging Face's `apply_rotary_pos_emb`
     attention.py  transformers models, through transformers' own AttentionInterface and AttentionMaskInterface

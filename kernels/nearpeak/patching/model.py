@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import linears, norms, rotary
+from . import linears, multihead, norms, rotary
 from .classes import original_class, why_not_swappable
 from .report import Entry, PatchReport
 
@@ -45,10 +45,10 @@ class _Findings:
 def patch(model: torch.nn.Module) -> PatchReport:
     """Let nearpeak's kernels serve what they can of a model, in place, and say what that was.
 
-    Served are torch.nn.Linear, RMSNorm and LayerNorm modules (the latter two of any class that computes one of them),
-    and in transformers models the rotary embedding and attention. Weights are shared, not copied; names, hooks, state
-    dict and isinstance checks stay; no other model changes, even one that shares the configuration. A model that is
-    patched already is left as it is.
+    Served are torch.nn.Linear, torch.nn.MultiheadAttention, RMSNorm and LayerNorm modules (the latter two of any class
+    that computes one of them), and in transformers models the rotary embedding and attention. Weights are shared, not
+    copied; names, hooks, state dict and isinstance checks stay; no other model changes, even one that shares the
+    configuration. A model that is patched already is left as it is.
 
     Args:
         model: any torch.nn.Module; of a transformers model the whole that is called (LlamaForCausalLM, not the
@@ -139,6 +139,12 @@ def _serve_module(module, record, findings) -> None:
     if rotary.calls_rotary(module):
         serving, detail = _rotary_class(module)
         _swap("rotary", module, serving, detail, record, findings)
+        return
+    if multihead.is_multihead(module):
+        _swap("attention", module, multihead.serving_class(type(module)), multihead.DETAIL, record, findings)
+        return
+    if multihead.is_read_by_multihead(module):
+        findings.left_alone["linear", layer, multihead.READ] += 1
         return
     if linears.is_linear(module):
         _swap("linear", module, *linears.served(module), record, findings)
