@@ -10,17 +10,13 @@ import rich.progress
 import torch
 
 from . import compare, machine, noise, peaks, report, results, runner, selftest, suites, table
+from .exits import INTERRUPTED, WRONG, UsageError
 
 SELFTEST, COMPARE = "selftest", "compare"
 NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FOLDER = pathlib.Path(".nearpeak/results")
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
-WRONG, INTERRUPTED = 1, 130
-
-
-class UsageError(ValueError):
-    """A request that cannot be served; its message is one line that says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +28,15 @@ class Options:
     dtypes: tuple[str, ...] = ()
     pattern: str = ""
     budget: float | None = None
-    add: pathlib.Path | None = None
+    add: tuple[pathlib.Path, ...] = ()
     json: pathlib.Path | None = None
     html: pathlib.Path | None = None
     markdown: pathlib.Path | None = None
+
+    @classmethod
+    def of(cls, suites, dtype, time_budget, add, **others) -> "Options":
+        """From what the command line calls them."""
+        return cls(tuple(suites or ()), dtypes=tuple(dtype or ()), budget=time_budget, add=tuple(add or ()), **others)
 
 
 def _choose(options: Options) -> tuple[bool, list]:
@@ -57,7 +58,7 @@ def _choose(options: Options) -> tuple[bool, list]:
     if wanted and not cases:
         hint = "" if options.full else ", or --full for more cases"
         raise UsageError(f"no case of {', '.join(wanted)} matches: try a shorter --filter or other --dtype{hint}")
-    return with_model, cases
+    return with_model, _narrowed(cases, options) if options.add else cases
 
 
 def run(options: Options, console: rich.console.Console) -> int:
@@ -68,8 +69,8 @@ def run(options: Options, console: rich.console.Console) -> int:
         return selftest.run(console)
     if options.names[:1] == (COMPARE,):
         return _compare(options.names[1:], console)
-    if options.add:
-        _add(options.add)
+    for path in options.add:
+        console.print(f"{path} adds {suites.add(path)}", highlight=False, soft_wrap=True)
     with_model, cases = _choose(options)
     found = results.Results(machine.describe())
     console.print(_machine_line(found.machine))
@@ -104,15 +105,19 @@ def _compare(paths: tuple[str, ...], console: rich.console.Console) -> int:
         raise UsageError(str(error)) from None
 
 
-def _add(path: pathlib.Path) -> None:
-    """Run a user's file, which registers implementations of its own with our operators."""
-    try:
-        suites.add(path)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path} to add") from None
-    except Exception as error:
-        message = (str(error).strip() or "no message").splitlines()[0]
-        raise UsageError(f"{path} cannot be added: {type(error).__name__}: {message}") from None
+def _narrowed(cases: list, options: Options) -> list:
+    """With files of the user's: without the name of a suite, only the cases of operators that they add to."""
+    theirs = {operator for addition in suites.added for operator, _ in addition.implementations}
+    if not options.names:
+        cases = [(suite, case) for suite, case in cases if case.operator in theirs]
+    reached = {case.operator for _, case in cases}
+    for addition in suites.added:
+        if not any(operator in reached for operator, _ in addition.implementations):
+            raise UsageError(
+                f"{addition.path.name} adds {addition}, which no chosen case runs: name its suite, or leave the suite, "
+                "--filter and --dtype out"
+            )
+    return cases
 
 
 def _machine_line(described: dict) -> str:

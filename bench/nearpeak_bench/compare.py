@@ -15,9 +15,8 @@ import numpy as np
 import rich.console
 
 from . import results, table, verdicts
+from .exits import REGRESSION, UNSTABLE
 
-REGRESSION = 4
-UNSTABLE = 5
 HEADERS = ["case", "kernel", "held against", "before", "after", "change", "verdict"]
 
 

@@ -1,12 +1,12 @@
 """Two runs against each other."""
 
 import pytest
-from nearpeak_bench import compare, timing
+from nearpeak_bench import exits, timing
 from toys import invoke, noisy
 
 
 @pytest.mark.parametrize(
-    ("factor", "code"), [(1.0, 0), (1.3, compare.REGRESSION), (0.7, 0)], ids=["same", "slower", "faster"]
+    ("factor", "code"), [(1.0, 0), (1.3, exits.REGRESSION), (0.7, 0)], ids=["same", "slower", "faster"]
 )
 def test_compare_finds_a_kernel_that_became_slower_on_a_slower_machine(found, tmp_path, factor, code):
     def written(name, kernel, machine):
