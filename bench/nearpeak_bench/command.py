@@ -29,14 +29,18 @@ class Options:
     pattern: str = ""
     budget: float | None = None
     add: tuple[pathlib.Path, ...] = ()
+    shapes: tuple[str, ...] = ()
     json: pathlib.Path | None = None
     html: pathlib.Path | None = None
     markdown: pathlib.Path | None = None
 
     @classmethod
-    def of(cls, suites, dtype, time_budget, add, **others) -> "Options":
+    def of(cls, suites, dtype, time_budget, add, shapes, **others) -> "Options":
         """From what the command line calls them."""
-        return cls(tuple(suites or ()), dtypes=tuple(dtype or ()), budget=time_budget, add=tuple(add or ()), **others)
+        return cls(
+            tuple(suites or ()), dtypes=tuple(dtype or ()), budget=time_budget, add=tuple(add or ()),
+            shapes=tuple(shapes or ()), **others,
+        )  # fmt: skip
 
 
 def _choose(options: Options) -> tuple[bool, list]:
@@ -71,6 +75,8 @@ def run(options: Options, console: rich.console.Console) -> int:
         return _compare(options.names[1:], console)
     for path in options.add:
         console.print(f"{path} adds {suites.add(path)}", highlight=False, soft_wrap=True)
+    if options.shapes:
+        suites.use_shapes(options.shapes)
     with_model, cases = _choose(options)
     found = results.Results(machine.describe())
     console.print(_machine_line(found.machine))

@@ -40,8 +40,7 @@ def extra_memory(case: Case, implementation: Implementation, device: torch.devic
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    files = [addition.path for addition in suites.added]
-    child = context.Process(target=_child, args=(sender, case.name, implementation.name, files), daemon=True)
+    child = context.Process(target=_child, args=(sender, case.name, implementation.name, suites.state()), daemon=True)
     child.start()
     sender.close()
     try:
@@ -64,8 +63,8 @@ def _on_gpu(case: Case, implementation: Implementation, device: torch.device) ->
     return extra
 
 
-def _child(sender, case_name: str, implementation_name: str, files: list[pathlib.Path]) -> None:
-    suites.restore(files)
+def _child(sender, case_name: str, implementation_name: str, state: suites.State) -> None:
+    suites.restore(state)
     case = suites.find(case_name)
     sender.send(resident_peak(case, case.operator.implementations[implementation_name]))
 

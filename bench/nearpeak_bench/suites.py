@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary
-from .cases import Case, Operator
+from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes
+from .cases import OPERATORS, Case, Operator
 from .exits import UsageError
 
 SUITES = {
@@ -33,8 +33,9 @@ class Addition(NamedTuple):
         return ", ".join(f"{name} of {operator.name}" for operator, name in self.implementations)
 
 
-# A fresh process runs these files again.
+# What was added, and the models whose shapes are used: a fresh process is told of both.
 added: list[Addition] = []
+shaped: list[str] = []
 
 
 def add(path: pathlib.Path) -> Addition:
@@ -42,10 +43,10 @@ def add(path: pathlib.Path) -> Addition:
 
     Raises UsageError where the file cannot be run, registers nothing, or takes a name that is taken.
     """
-    before = {operator: dict(operator.implementations) for operator in operators()}
+    before = {operator: dict(operator.implementations) for operator in OPERATORS}
     _execute(path)
     found = []
-    for operator in operators():
+    for operator in OPERATORS:
         known = before.get(operator, {})
         for name, implementation in operator.implementations.items():
             if name in known and known[name] is not implementation:
@@ -82,15 +83,30 @@ def _execute(path: pathlib.Path) -> None:
         raise UsageError(f"{path} cannot be added: {type(error).__name__}{where}: {message}; {remedy}") from None
 
 
-def operators() -> list[Operator]:
-    """Every operator that has a case."""
-    return list(dict.fromkeys(case.operator for cases in SUITES.values() for case in cases))
+def use_shapes(names: tuple[str, ...]) -> None:
+    """Replace the cases of all suites by those in the shapes of these models (shapes.py)."""
+    made = shapes.cases(names)
+    for suite in SUITES:
+        SUITES[suite] = made.get(suite, [])
+    shaped[:] = names
 
 
-def restore(paths: Iterable[pathlib.Path]) -> None:
-    """Bring a fresh process to the state of the one that added these files."""
-    for path in paths:
+class State(NamedTuple):
+    """What a fresh process needs to know the same cases and implementations."""
+
+    files: list[pathlib.Path]
+    shaped: tuple[str, ...]
+
+
+def state() -> State:
+    return State([addition.path for addition in added], tuple(shaped))
+
+
+def restore(state: State) -> None:
+    for path in state.files:
         add(path)
+    if state.shaped:
+        use_shapes(state.shaped)
 
 
 def select(

@@ -39,6 +39,14 @@ Add = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Cases in the shapes of a real model's layer: llama3-8b, gemma3-270m, bert-base, t5-base, gpt2, "
+        "qwen3-8b, mistral-7b, deepseek-v3, or the path of a Hugging Face config.json. May be repeated.",
+        rich_help_panel=CHOICE,
+    ),
+]
 TimeBudget = Annotated[
     float | None,
     typer.Option(help="Seconds of timing per case (never fewer than three rounds).", rich_help_panel=TIMING),
@@ -53,6 +61,7 @@ def bench(
     full: Full = False,
     dtype: Dtypes = None,
     pattern: Filter = "",
+    shapes: Shapes = None,
     add: Add = None,
     time_budget: TimeBudget = None,
     json: Json = None,
@@ -72,6 +81,8 @@ def bench(
       Two families in one dtype:  [cyan]nearpeak bench norm rotary --dtype bfloat16[/]
 
       All attention cases of a shape:  [cyan]nearpeak bench attention --full --filter 2048x128[/]
+
+      A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
 
       Real models, unpatched and patched:  [cyan]nearpeak bench model[/]
 

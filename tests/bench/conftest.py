@@ -42,10 +42,11 @@ def _machine():
 def toy_suite(doubling, monkeypatch, tmp_path):
     """The suite norm replaced by two small cases, in an empty folder, with peaks that need no measuring."""
     cases = [Case(doubling, {"size": size}, torch.float32, quick=True) for size in (10, 20)]
-    monkeypatch.setitem(suites.SUITES, "norm", cases)
+    monkeypatch.setattr(suites, "SUITES", {**suites.SUITES, "norm": cases})
     monkeypatch.setattr(peaks, "measure", lambda device, progress: PEAKS)
     monkeypatch.setattr(noise, "measure", lambda device: 0.01)
     monkeypatch.setattr(suites, "added", [])
+    monkeypatch.setattr(suites, "shaped", [])
     monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
     return doubling

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 import pytest
-from nearpeak_bench import norm, peaks, results, suites
+from nearpeak_bench import norm, peaks, results, runner, suites
 from toys import PEAKS, invoke, measurement
 
 MINE = """
@@ -84,6 +84,7 @@ def test_documented_example_runs(monkeypatch, tmp_path):
     quick = {name: each for name, each in norm.rms_norm.implementations.items() if not each.compiled}
     monkeypatch.setattr(norm.rms_norm, "implementations", quick)
     monkeypatch.setattr(suites, "added", [])
+    monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.setattr(peaks, "measure", lambda device, progress: PEAKS)
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments, "--filter", "16x768-float32-forward", "--time-budget", "0.01", "--json", "a.json")
