@@ -67,8 +67,8 @@ def _execute(path: pathlib.Path) -> None:
         raise UsageError(f"there is no file {path} to add")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
-        # As Python does for a script: the file may import what lies beside it.
-        sys.path.insert(0, folder)
+        # The file may import what lies beside it; last, so that it hides no one else's modules.
+        sys.path.append(folder)
     try:
         runpy.run_path(str(path))
     except (Exception, SystemExit) as error:

@@ -11,7 +11,7 @@ import typer
 
 MODULES = ("jinja2", "matplotlib")
 LOG_WIDTH = 120
-CHOICE, TIMING, FILES = "Choice of cases", "Timing", "Files"
+CHOICE, TIMING, GATE, FILES = "Choice of cases", "Timing", "Comparison with an earlier run", "Files"
 
 Path = pathlib.Path | None
 
@@ -51,9 +51,50 @@ TimeBudget = Annotated[
     float | None,
     typer.Option(help="Seconds of timing per case (never fewer than three rounds).", rich_help_panel=TIMING),
 ]
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate/--no-isolate",
+        help="Measure in a process of its own, so that a crash or an endless loop costs one implementation of one row; "
+        "without, in this one, for debuggers and profilers.",
+        rich_help_panel=TIMING,
+    ),
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option(help="Seconds after which a call that has not returned is given up.", rich_help_panel=TIMING),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB that the measured process may take; by default 80 % of this machine's.", rich_help_panel=TIMING
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the last run that was interrupted.", rich_help_panel=CHOICE)
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|last",
+        help="Hold this run against an earlier one, a file or this machine's last, as compare does.",
+        rich_help_panel=GATE,
+    ),
+]
+Threshold = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[OPERATOR=]PERCENT",
+        help="Changes below it are no changes: of all operators, as in 5, or of one, as in rms_norm=10; by default 2, "
+        "and never less than the noise. May be repeated.",
+        rich_help_panel=GATE,
+    ),
+]
 Json = Annotated[Path, typer.Option(help="Where to write every sample, as JSON.", rich_help_panel=FILES)]
 Html = Annotated[Path, typer.Option(help="Where to write the page with tables and charts.", rich_help_panel=FILES)]
 Markdown = Annotated[Path, typer.Option(help="Where to write the tables as Markdown.", rich_help_panel=FILES)]
+
+Csv = Annotated[Path, typer.Option(help="Where to write every figure of the tables, as CSV.", rich_help_panel=FILES)]
 
 
 def bench(
@@ -63,10 +104,17 @@ def bench(
     pattern: Filter = "",
     shapes: Shapes = None,
     add: Add = None,
+    resume: Resume = False,
     time_budget: TimeBudget = None,
+    isolate: Isolate = True,
+    time_limit: TimeLimit = 180.0,
+    memory_limit: MemoryLimit = None,
+    against: Against = None,
+    threshold: Threshold = None,
     json: Json = None,
     html: Html = None,
     markdown: Markdown = None,
+    csv: Csv = None,
 ) -> None:
     """Measure the kernels against what you have today, and against what this machine could do.
 
@@ -78,22 +126,18 @@ def bench(
 
       All kernels, the quick cases:  [cyan]nearpeak bench[/]
 
-      Two families in one dtype:  [cyan]nearpeak bench norm rotary --dtype bfloat16[/]
-
-      All attention cases of a shape:  [cyan]nearpeak bench attention --full --filter 2048x128[/]
+      Two families, every shape, one dtype:  [cyan]nearpeak bench norm rotary --full --dtype bfloat16[/]
 
       A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
 
-      Real models, unpatched and patched:  [cyan]nearpeak bench model[/]
-
-      Can timings be believed here?  [cyan]nearpeak bench selftest[/]
-
       A kernel of yours beside ours:  [cyan]nearpeak bench --add mykernel.py[/]
 
-      What changed since:  [cyan]nearpeak bench compare before.json after.json[/]
+      What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
 
-    The exit code is 1 if a kernel's result was wrong, 2 if the request was, 3 if the selftest missed a goal, 4 if
-    compare found a kernel slower, 5 if it found none but could not tell of some, 130 after Ctrl-C.
+      What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+    Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
+    whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
     """
     given = locals()
     _require_modules()

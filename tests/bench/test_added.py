@@ -5,7 +5,7 @@ import re
 
 import pytest
 from nearpeak_bench import norm, peaks, results, runner, suites
-from toys import PEAKS, invoke, measurement
+from toys import PEAKS, bench, invoke, measurement
 
 MINE = """
 from nearpeak_bench import suites
@@ -28,7 +28,7 @@ def kernel(tmp_path):
 
 def test_kernel_of_a_file_is_measured_like_ours(toy_suite, kernel, tmp_path):
     kernel("x * 2")
-    result = invoke("bench", "--add", "mine.py", "--time-budget", "0.01", "--json", "a.json")
+    result = bench("--add", "mine.py", "--json", "a.json")
     assert result.exit_code == 0, result.output
     assert "mine.py adds mine of doubling" in result.stdout
     found = results.Results.from_json((tmp_path / "a.json").read_text())
@@ -39,7 +39,7 @@ def test_kernel_of_a_file_is_measured_like_ours(toy_suite, kernel, tmp_path):
 
 def test_wrong_kernel_of_a_file_is_found(toy_suite, kernel):
     kernel("x * 3")
-    result = invoke("bench", "--add", "mine.py", "--time-budget", "0.01")
+    result = bench("--add", "mine.py")
     assert result.exit_code == 1
     assert "WRONG" in result.stdout
 
@@ -79,7 +79,7 @@ def test_documented_example_runs(monkeypatch, tmp_path):
     """The page's file and its command, as a new user would type them, on a smaller case."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     text = re.search(r"```python\n(# mykernel.py\n.+?)```", page, re.DOTALL).group(1)
-    arguments = re.search(r"nearpeak (bench --add mykernel.py --filter \S+)", page).group(1).split()
+    arguments = re.search(r"nearpeak bench (--add mykernel.py --filter \S+)", page).group(1).split()
     (tmp_path / "mykernel.py").write_text(text)
     quick = {name: each for name, each in norm.rms_norm.implementations.items() if not each.compiled}
     monkeypatch.setattr(norm.rms_norm, "implementations", quick)
@@ -87,7 +87,7 @@ def test_documented_example_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.setattr(peaks, "measure", lambda device, progress: PEAKS)
     monkeypatch.chdir(tmp_path)
-    result = invoke(*arguments, "--filter", "16x768-float32-forward", "--time-budget", "0.01", "--json", "a.json")
+    result = bench(*arguments, "--filter", "16x768-float32-forward", "--json", "a.json")
     assert result.exit_code == 0, result.output
     found = results.Results.from_json((tmp_path / "a.json").read_text())
     assert [row.operator for row in found.rows] == ["rms_norm"]

@@ -1,10 +1,12 @@
 """The command line of the harness."""
 
+import csv
+
 import pytest
 import torch
 from nearpeak import backends, cli_bench
 from nearpeak_bench import exits, models, results, runner
-from toys import invoke
+from toys import bench, invoke
 
 
 @pytest.mark.parametrize(
@@ -13,12 +15,17 @@ from toys import invoke
         pytest.param(["nrom"], "unknown suite 'nrom': choose from norm, rotary", id="suite"),
         pytest.param(["norm", "--dtype", "int8"], "unknown dtype 'int8': choose from float32", id="dtype"),
         pytest.param(["norm", "--filter", "nothing"], "no case of norm matches", id="filter"),
-        pytest.param(["norm", "--time-budget", "0"], "more than 0 seconds", id="budget"),
+        pytest.param(["norm", "--time-budget", "0"], "the time budget must be more than 0", id="budget"),
         pytest.param(["compare", "a.json"], "compare takes two files of results", id="compare"),
         pytest.param(["compare", "no.json", "no.json"], "cannot read no.json", id="compare file"),
+        pytest.param(["norm", "--time-limit", "0"], "the time limit must be more than 0", id="time limit"),
+        pytest.param(["norm", "--threshold", "x"], "--threshold x: give percent", id="threshold"),
+        pytest.param(["norm", "--threshold", "rms=5"], "there is no operator rms", id="threshold's operator"),
+        pytest.param(["norm", "--resume"], "there is no unfinished run", id="resume"),
     ],
 )
-def test_wrong_requests_get_one_line_that_says_what_to_do(arguments, message):
+def test_wrong_requests_get_one_line_that_says_what_to_do(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     result = invoke("bench", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -49,8 +56,8 @@ def test_info_tells_of_every_backend():
 
 
 def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
-    arguments = ["--json", "a.json", "--html", "b/c.html", "--markdown", "d.md", "--time-budget", "0.01"]
-    result = invoke("bench", "norm", *arguments)
+    arguments = ["--json", "a.json", "--html", "b/c.html", "--markdown", "d.md", "--csv", "e.csv"]
+    result = bench("norm", *arguments)
     assert result.exit_code == 0, result.output
     found = results.Results.from_json((tmp_path / "a.json").read_text())
     assert found.complete
@@ -58,11 +65,14 @@ def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
     assert [row.shape for row in found.rows] == ["10", "20"]
     assert (tmp_path / "b/c.html").exists()
     assert "| doubling |" in (tmp_path / "d.md").read_text()
+    lines = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
+    assert [(line["implementation"], line["against"]) for line in lines[:2]] == [("nearpeak", "eager"), ("eager", "")]
+    assert float(lines[0]["ratio"]) > 0
 
 
 def test_wrong_kernel_fails_the_command(toy_suite):
     toy_suite.implementation("nearpeak")(lambda x: lambda: 3 * x)
-    assert invoke("bench", "norm", "--time-budget", "0.01").exit_code == exits.WRONG
+    assert bench("norm").exit_code == exits.WRONG
 
 
 def test_interrupted_run_keeps_finished_rows(toy_suite, monkeypatch, tmp_path):
@@ -74,7 +84,7 @@ def test_interrupted_run_keeps_finished_rows(toy_suite, monkeypatch, tmp_path):
         return whole(suite, case, *rest)
 
     monkeypatch.setattr(runner, "run_case", interrupted)
-    result = invoke("bench", "norm", "--time-budget", "0.01", "--json", "kept.json")
+    result = bench("norm", "--json", "kept.json")
     assert result.exit_code == exits.INTERRUPTED
     found = results.Results.from_json((tmp_path / "kept.json").read_text())
     assert not found.complete

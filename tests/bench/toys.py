@@ -31,3 +31,8 @@ def noisy(scale, sigma, rounds=60, seed=1):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.main, arguments)
+
+
+def bench(*arguments):
+    """In this process, where the toys are, and with hardly any time."""
+    return invoke("bench", *arguments, "--no-isolate", "--time-budget", "0.01")
