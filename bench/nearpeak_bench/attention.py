@@ -27,12 +27,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 TRUTH_ROWS = 256
 
 
-def _inputs(random, heads, key_heads, queries, keys, head_dim, mask):
-    """mask: "full", "causal" (bottom right), or the number of keys that each query sees in a causal window."""
+def _inputs(random, heads, key_heads, queries, keys, head_dim, mask, value_dim=None):
+    """mask: "full", "causal" (bottom right), or the number of keys that each query sees in a causal window.
+
+    value_dim: the values' head_dim where it is another than the keys'.
+    """
     return {
         "query": random(1, heads, queries, head_dim),
         "key": random(1, key_heads, keys, head_dim),
-        "value": random(1, key_heads, keys, head_dim),
+        "value": random(1, key_heads, keys, value_dim or head_dim),
         "mask": mask,
     }
 
@@ -81,18 +84,22 @@ def _visible_pairs(queries, keys, mask):
     return sum(p + 1 if mask == "causal" else min(p + 1, mask) for p in positions if p >= 0)
 
 
-def _work(heads, key_heads, queries, keys, head_dim, mask):
+def _work(heads, key_heads, queries, keys, head_dim, mask, value_dim=None):
+    dims = head_dim + (value_dim or head_dim)
     return Work(
-        flops=4 * heads * _visible_pairs(queries, keys, mask) * head_dim,
-        read=heads * queries * head_dim + 2 * key_heads * keys * head_dim,
-        written=heads * queries * head_dim,
+        flops=2 * heads * _visible_pairs(queries, keys, mask) * dims,
+        read=heads * queries * head_dim + key_heads * keys * dims,
+        written=heads * queries * (value_dim or head_dim),
     )
 
 
-def _training_work(heads, key_heads, queries, keys, head_dim, mask):
-    """Seven products, two forward and five backward; every input and its gradient, out and its gradient."""
-    elements = 2 * heads * queries * head_dim + 2 * key_heads * keys * head_dim
-    return Work(14 * heads * _visible_pairs(queries, keys, mask) * head_dim, read=elements, written=elements)
+def _training_work(heads, key_heads, queries, keys, head_dim, mask, value_dim=None):
+    """Seven products, two forward and five backward (of four with keys, three with values); every input and its
+    gradient, out and its gradient."""
+    value_dim = value_dim or head_dim
+    pairs = heads * _visible_pairs(queries, keys, mask)
+    elements = (heads * queries + key_heads * keys) * (head_dim + value_dim)
+    return Work(pairs * (8 * head_dim + 6 * value_dim), read=elements, written=elements)
 
 
 def _operator(name, shape):
@@ -118,6 +125,8 @@ def _operator(name, shape):
 
 attention = _operator("attention", "{heads}:{key_heads}x{queries}x{head_dim} {mask}")
 attention_window = _operator("attention_window", "{heads}:{key_heads}x{queries}x{head_dim} window {mask}")
+# DeepSeek's multi-head latent attention: values are narrower than keys.
+attention_latent = _operator("attention_latent", "{heads}:{key_heads}x{queries}x{keys}x{head_dim}-{value_dim} {mask}")
 attention_decode = _operator("attention_decode", "{heads}:{key_heads}x{keys}x{head_dim}")
 
 

@@ -24,6 +24,10 @@ import torch
 SEED, FRESH_SEEDS = 0, (100, 101, 102)
 
 
+# Every operator that was made, in its order.
+OPERATORS: list["Operator"] = []
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The least that one call must do: floating point operations, elements read and elements written."""
@@ -74,6 +78,9 @@ class Operator:
     differentiable: tuple[str, ...] = ()
     inplace: bool = False
     implementations: dict[str, Implementation] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        OPERATORS.append(self)
 
     def implementation(self, name: str, **options) -> Callable:
         """Decorator that registers a `prepare` function; options are Implementation's fields."""

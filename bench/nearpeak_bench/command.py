@@ -1,41 +1,20 @@
 """`nearpeak bench`: choose cases, measure the machine, run, show tables, write files."""
 
 import dataclasses
-import itertools
 import pathlib
-import time
 
 import rich.console
-import rich.progress
 import torch
 
-from . import compare, machine, noise, peaks, report, results, runner, selftest, suites, table
+from . import compare, history, journal, machine, report, results, selftest, session, suites, table
+from .exits import CRASHED, INTERRUPTED, WRONG, UsageError
+from .options import Options
 
 SELFTEST, COMPARE = "selftest", "compare"
 NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FOLDER = pathlib.Path(".nearpeak/results")
+LAST = "last"
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
-WRONG, INTERRUPTED = 1, 130
-
-
-class UsageError(ValueError):
-    """A request that cannot be served; its message is one line that says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What the command line asks for; a budget of None means the default, paths of None the default folder."""
-
-    names: tuple[str, ...] = ()
-    full: bool = False
-    dtypes: tuple[str, ...] = ()
-    pattern: str = ""
-    budget: float | None = None
-    add: pathlib.Path | None = None
-    json: pathlib.Path | None = None
-    html: pathlib.Path | None = None
-    markdown: pathlib.Path | None = None
 
 
 def _choose(options: Options) -> tuple[bool, list]:
@@ -46,8 +25,10 @@ def _choose(options: Options) -> tuple[bool, list]:
     for name in options.dtypes:
         if name not in DTYPES:
             raise UsageError(f"unknown dtype {name!r}: choose from {', '.join(DTYPES)}")
-    if options.budget is not None and not options.budget > 0:
-        raise UsageError(f"the time budget must be more than 0 seconds, not {options.budget:g}")
+    limits = {"time budget": options.budget, "time limit": options.time_limit, "memory limit": options.memory_limit}
+    for name, limit in limits.items():
+        if limit is not None and not limit > 0:
+            raise UsageError(f"the {name} must be more than 0, not {limit:g}")
     with_model = "model" in options.names or "all" in options.names
     wanted = [name for name in suites.SUITES if name in options.names]
     if "all" in options.names or not options.names:
@@ -57,62 +38,126 @@ def _choose(options: Options) -> tuple[bool, list]:
     if wanted and not cases:
         hint = "" if options.full else ", or --full for more cases"
         raise UsageError(f"no case of {', '.join(wanted)} matches: try a shorter --filter or other --dtype{hint}")
-    return with_model, cases
+    return with_model, _narrowed(cases, options) if options.add else cases
 
 
 def run(options: Options, console: rich.console.Console) -> int:
-    """Run what `options` ask for and return the exit code: 0, WRONG if a kernel was wrong, or INTERRUPTED."""
+    """Do what `options` ask for and return the exit code (exits.py)."""
     if SELFTEST in options.names:
         if len(options.names) > 1:
             raise UsageError("selftest runs alone: nearpeak bench selftest")
         return selftest.run(console)
+    thresholds = compare.thresholds_of(options.thresholds)
     if options.names[:1] == (COMPARE,):
-        return _compare(options.names[1:], console)
-    if options.add:
-        _add(options.add)
-    with_model, cases = _choose(options)
+        return _compare(options, thresholds, console)
     found = results.Results(machine.describe())
+    unfinished = None
+    if options.resume:
+        unfinished, options, found = _resumed(options, found)
+    if options.shapes:
+        suites.use_shapes(options.shapes)
+    for path in options.add:
+        console.print(f"{path} adds {suites.add(path)}", highlight=False, soft_wrap=True)
+    with_model, cases = _choose(options)
     console.print(_machine_line(found.machine))
+    finished = {row.case for row in found.rows}
+    cases = [(suite, case) for suite, case in cases if case.name not in finished]
+    if unfinished:
+        console.print(f"{len(finished)} rows are kept, {len(cases)} are left")
+    _measure(with_model, cases, options, found, console)
+    if unfinished and found.complete:
+        unfinished.unlink(missing_ok=True)
+    _show(found, console)
+    _write(found, options, console)
+    if not found.complete:
+        return INTERRUPTED
+    code = _code_of(found)
+    return code or (_against(options.against, found, thresholds, options, console) if options.against else 0)
+
+
+def _resumed(options: Options, now: results.Results) -> tuple[pathlib.Path, Options, results.Results]:
+    """The last unfinished run, as it was asked for; only where files go may be asked anew."""
+    path, asked, found = journal.last(history.FOLDER)
+    files = {name: getattr(options, name) for name in ("json", "html", "markdown", "csv") if getattr(options, name)}
+    if dataclasses.replace(options, resume=False, **dict.fromkeys(files)) != Options():
+        raise UsageError("--resume goes on with what was asked for: leave the other options out")
+    if history.fingerprint(found.machine) != history.fingerprint(now.machine):
+        raise UsageError(f"{path} is of another machine ({found.machine['processor']}): resume it there, or delete it")
+    return path, dataclasses.replace(Options.from_json(asked), **files), found
+
+
+def _measure(with_model: bool, cases: list, options: Options, found: results.Results, console) -> None:
+    """Fill `found`, until it is complete or the user interrupts."""
+    budget = options.budget or (FULL_BUDGET if options.full else QUICK_BUDGET)
+    memory = options.memory_limit and int(options.memory_limit * 2**30)
+    settings = session.Settings(budget, options.time_limit, memory, options.isolate)
     try:
-        if with_model:
+        if with_model and not found.model:
             found.model = _run_model(console, quick=not options.full, alone=not cases)
         if cases:
-            _run_cases(cases, options, found, console)
+            session.run(cases, settings, options.to_json(), found, console)
         found.complete = True
     except KeyboardInterrupt:
-        console.print("[yellow]Interrupted: keeping what was finished.")
+        console.print("[yellow]Interrupted: keeping what was finished. Go on with: nearpeak bench --resume")
+
+
+def _show(found: results.Results, console: rich.console.Console) -> None:
+    """What concerns the whole run; each suite's table was shown when it was finished."""
     if found.rows:
         if len({row.suite for row in found.rows}) > 1 or not found.complete:
             console.print(table.to_rich(table.summary_table(found.rows), console))
         console.print(f"[dim]{table.EXPLANATION}")
     if found.model and found.rows:
         console.print(table.to_rich(table.model_table(found.model), console))
-    if found.rows or found.model:
-        _write(found, options, console)
-    if not found.complete:
-        return INTERRUPTED
-    candidates = (candidate for row in found.rows for candidate in row.candidates())
-    return WRONG if any(candidate.status in ("wrong", "failed") for candidate in candidates) else 0
 
 
-def _compare(paths: tuple[str, ...], console: rich.console.Console) -> int:
-    if len(paths) != 2:
+def _code_of(found: results.Results) -> int:
+    statuses = {candidate.status for row in found.rows for candidate in row.candidates()}
+    if "wrong" in statuses:
+        return WRONG
+    return CRASHED if statuses & set(results.BROKEN) else 0
+
+
+def _compare(options: Options, thresholds: dict[str, float], console: rich.console.Console) -> int:
+    if len(options.names) != 3:
         raise UsageError("compare takes two files of results: nearpeak bench compare before.json after.json")
-    try:
-        return compare.run(console, *map(pathlib.Path, paths))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    before, after = (compare.load(pathlib.Path(name)) for name in options.names[1:])
+    return _compared(before, after, thresholds, options, console)
 
 
-def _add(path: pathlib.Path) -> None:
-    """Run a user's file, which registers implementations of its own with our operators."""
-    try:
-        suites.add(path)
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path} to add") from None
-    except Exception as error:
-        message = (str(error).strip() or "no message").splitlines()[0]
-        raise UsageError(f"{path} cannot be added: {type(error).__name__}: {message}") from None
+def _against(name: str, found: results.Results, thresholds, options: Options, console) -> int:
+    """Hold this run against a file, or against the last one of this machine."""
+    path = history.last(found) if name == LAST else pathlib.Path(name)
+    if path is None:
+        console.print("[yellow]no earlier run of this machine has these cases: this one is the first")
+        return 0
+    console.print(f"against {path}", highlight=False, soft_wrap=True)
+    # The files that were asked for hold the run itself.
+    return _compared(compare.load(path), found, thresholds, Options(), console)
+
+
+def _compared(before, after, thresholds, options: Options, console) -> int:
+    comparison = compare.Comparison.of(before, after, thresholds)
+    compare.show(comparison, console)
+    for path, text in ((options.markdown, compare.to_markdown(comparison)), (options.csv, compare.to_csv(comparison))):
+        if path:
+            _write_one(path, text, console)
+    return comparison.code
+
+
+def _narrowed(cases: list, options: Options) -> list:
+    """With files of the user's: without the name of a suite, only the cases of operators that they add to."""
+    theirs = {operator for addition in suites.added for operator, _ in addition.implementations}
+    if not options.names:
+        cases = [(suite, case) for suite, case in cases if case.operator in theirs]
+    reached = {case.operator for _, case in cases}
+    for addition in suites.added:
+        if not any(operator in reached for operator, _ in addition.implementations):
+            raise UsageError(
+                f"{addition.path.name} adds {addition}, which no chosen case runs: name its suite, or leave the suite, "
+                "--filter and --dtype out"
+            )
+    return cases
 
 
 def _machine_line(described: dict) -> str:
@@ -135,62 +180,29 @@ def _run_model(console: rich.console.Console, quick: bool, alone: bool) -> dict 
         return None
 
 
-def _run_cases(cases: list, options: Options, found: results.Results, console: rich.console.Console) -> None:
-    """Fill `found` with peaks and rows, and show the table of each suite when it is finished."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    budget = options.budget or (FULL_BUDGET if options.full else QUICK_BUDGET)
-    columns = (
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(bar_width=20),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left:"),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with rich.progress.Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
-        task = bar.add_task("measuring the machine", total=len(cases))
-        bar.update(task, description="measuring the machine's noise")
-        found.noise = noise.measure(device)
-        found.peaks = peaks.measure(device, lambda what: bar.update(task, description=what))
-        console.print(f"noise of this machine: one call differs from itself by up to {100 * found.noise:.1f} %")
-        settings = runner.Settings(device, budget, found.noise)
-        for suite, group in itertools.groupby(cases, key=lambda pair: pair[0]):
-            try:
-                for _, case in group:
-                    found.rows.append(_run_case(suite, case, settings, found.peaks, bar, task))
-            finally:
-                if any(row.suite == suite for row in found.rows):
-                    console.print(table.to_rich(table.suite_table(suite, found.rows), console))
-
-
-def _run_case(suite, case, settings, machine_peaks, bar: rich.progress.Progress, task) -> results.Row:
-    start = time.perf_counter()
-
-    def say(what):
-        bar.update(task, description=f"{case.name}: {what}")
-
-    row = runner.run_case(suite, case, settings, machine_peaks, say)
-    bar.advance(task)
-    if not bar.console.is_terminal:
-        done = f"{bar.tasks[0].completed:.0f}/{bar.tasks[0].total:.0f}"
-        bar.console.print(f"{done} {case.name} {time.perf_counter() - start:.1f} s", highlight=False, soft_wrap=True)
-    return row
-
-
 def _write(found: results.Results, options: Options, console: rich.console.Console) -> None:
-    stem = FOLDER / found.created.replace(":", "").replace("+0000", "Z")
+    """The files that were asked for, and the run's place in the history of this machine."""
+    if not (found.rows or found.model):
+        return
+    stem = history.stem(found)
     files = {
-        options.json or stem.with_suffix(".json"): results.Results.to_json,
+        stem.with_suffix(".json"): results.Results.to_json,
+        options.json: results.Results.to_json,
         options.markdown or stem.with_suffix(".md"): _to_markdown,
         options.html or stem.with_suffix(".html"): report.to_html,
+        options.csv: table.to_csv,
     }
     for path, render in files.items():
-        try:
-            results.write(path, render(found))
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-        except OSError as error:
-            console.print(f"[red]could not write {path}: {error.strerror or error}", soft_wrap=True)
+        if path:
+            _write_one(path, render(found), console)
+
+
+def _write_one(path: pathlib.Path, text: str, console: rich.console.Console) -> None:
+    try:
+        results.write(path, text)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    except OSError as error:
+        console.print(f"[red]could not write {path}: {error.strerror or error}", soft_wrap=True)
 
 
 def _to_markdown(found: results.Results) -> str:

@@ -53,8 +53,10 @@ def _operator(name, kind, ours, eager, gated, kernel):
 
 
 OPERATORS = {
-    LLAMA: _operator("swiglu", "silu", nearpeak.swiglu, lambda gate, up: F.silu(gate) * up, True, "gated_activation"),
-    GEMMA: _operator(
+    "swiglu": _operator(
+        "swiglu", "silu", nearpeak.swiglu, lambda gate, up: F.silu(gate) * up, True, "gated_activation"
+    ),
+    "geglu_tanh": _operator(
         "geglu_tanh",
         "gelu_tanh",
         lambda gate, up: nearpeak.geglu(gate, up, "tanh"),
@@ -62,12 +64,24 @@ OPERATORS = {
         True,
         "gated_activation",
     ),
-    BERT: _operator("gelu", "gelu", lambda x: nearpeak.activation(x, "gelu"), F.gelu, False, "activation"),
+    "gelu": _operator("gelu", "gelu", lambda x: nearpeak.activation(x, "gelu"), F.gelu, False, "activation"),
+    # In the shapes of real models alone: GPT-2's and T5's.
+    "gelu_tanh": _operator(
+        "gelu_tanh",
+        "gelu_tanh",
+        lambda x: nearpeak.activation(x, "gelu_tanh"),
+        lambda x: F.gelu(x, approximate="tanh"),
+        False,
+        "activation",
+    ),
+    "relu": _operator("relu", "relu", lambda x: nearpeak.activation(x, "relu"), F.relu, False, "activation"),
 }
+WIDTHS = {"swiglu": LLAMA, "geglu_tanh": GEMMA, "gelu": BERT}
 
 
 def _cases():
-    for width, operator in OPERATORS.items():
+    for name, width in WIDTHS.items():
+        operator = OPERATORS[name]
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             quick = dtype is not torch.float16
             for rows in ROWS:

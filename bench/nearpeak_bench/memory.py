@@ -40,7 +40,7 @@ def extra_memory(case: Case, implementation: Implementation, device: torch.devic
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(sender, case.name, implementation.name, suites.added), daemon=True)
+    child = context.Process(target=_child, args=(sender, case.name, implementation.name, suites.state()), daemon=True)
     child.start()
     sender.close()
     try:
@@ -63,9 +63,8 @@ def _on_gpu(case: Case, implementation: Implementation, device: torch.device) ->
     return extra
 
 
-def _child(sender, case_name: str, implementation_name: str, added: list[pathlib.Path]) -> None:
-    for path in added:
-        suites.add(path)
+def _child(sender, case_name: str, implementation_name: str, state: suites.State) -> None:
+    suites.restore(state)
     case = suites.find(case_name)
     sender.send(resident_peak(case, case.operator.implementations[implementation_name]))
 

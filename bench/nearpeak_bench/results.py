@@ -10,6 +10,8 @@ from .timing import Samples
 from .verdicts import Ratio, Spread
 
 FORMAT = 2
+# What a measurement's status can say of a kernel that gave no result.
+BROKEN = ("failed", "crashed", "timed out")
 
 
 @dataclasses.dataclass
@@ -18,7 +20,8 @@ class Measurement:
 
     backend: which of nearpeak's backends serves a candidate, with its instruction set; empty for a baseline
     status: "ok"; "wrong" (the result is less exact than the rule allows: no time is taken); "failed" (it raised);
-        "absent" (it needs a package that is not installed)
+        "crashed" or "timed out" (it took its process down, or never returned); "absent" (it needs a package that is
+        not installed)
     note: why it is not ok, or what is to be known beside the time: outliers, drift, a baseline's inexactness
     error_mean, error_max: absolute errors against float64
     share: the physical limit's time over the median time
@@ -42,7 +45,8 @@ class Measurement:
 
 @dataclasses.dataclass
 class Row:
-    """One case. limit_seconds is the least time that the hardware allows, and bound says by what."""
+    """One case. limit_seconds is the least time that the hardware allows, and bound says by what; flops and bytes are
+    what one call must do at least. Plain errors are None where the whole row was lost."""
 
     suite: str
     case: str
@@ -50,11 +54,13 @@ class Row:
     shape: str
     dtype: str
     direction: str
-    plain_error_mean: float
-    plain_error_max: float
+    plain_error_mean: float | None
+    plain_error_max: float | None
     limit_seconds: float | None
     bound: str | None
     measurements: list[Measurement]
+    flops: float | None = None
+    bytes: float | None = None
 
     def candidates(self) -> list[Measurement]:
         return [m for m in self.measurements if not m.baseline]
@@ -86,8 +92,13 @@ class Results:
         if data.pop("format", None) != FORMAT:
             raise ValueError(f"these results are not of format {FORMAT}: run the benchmark again")
         peaks = data.pop("peaks")
-        rows = [Row(**{**row, "measurements": _measurements(row["measurements"])}) for row in data.pop("rows")]
+        rows = [row_of(row) for row in data.pop("rows")]
         return cls(peaks=peaks and _peaks(peaks), rows=rows, **data)
+
+
+def row_of(data: dict) -> Row:
+    """A row of what dataclasses.asdict made of it."""
+    return Row(**{**data, "measurements": _measurements(data["measurements"])})
 
 
 def _peaks(data: dict) -> Peaks:

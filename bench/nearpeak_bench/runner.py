@@ -1,17 +1,20 @@
 """Runs one case: correctness first, then time, then memory."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from nearpeak import backends
 
-from . import timing, verdicts
+from . import timing, verdicts, worker
 from .cases import FRESH_SEEDS, Case, Implementation, as_tuple
 from .exactness import errors, why_inexact
 from .memory import extra_memory
 from .peaks import Peaks
 from .results import Measurement, Row
+
+UNWATCHED, NOTHING = worker.Watch(), types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,7 @@ class Examiner:
             measurement.status, measurement.note = "absent", f"{error.name} is not installed"
             return None
         except Exception as error:
-            message = (str(error).strip() or "no message").splitlines()[0]
-            measurement.status, measurement.note = "failed", f"{type(error).__name__}: {message}"
+            measurement.status, measurement.note = "failed", worker.describe(error)
             return None
         if not implementation.same_result:
             return call
@@ -89,41 +91,38 @@ def run_case(
     case: Case,
     settings: Settings,
     peaks: Peaks | None,
-    progress: Callable[[str], None] = lambda what: None,
+    watch: worker.Watch = UNWATCHED,
+    lost: Mapping[str, worker.Lost] = NOTHING,
 ) -> Row:
-    """Everything a row holds; `progress` is told what is done next."""
+    """Everything a row holds; `watch` is told what is done next. lost: implementations that took an earlier attempt's
+    process down, and how: they are not run."""
     implementations = case.operator.implementations
     if any(each.compiled for each in implementations.values()):
         # Dynamo keeps a few shapes per function and then runs it uncompiled without a word: start each case afresh.
         torch.compiler.reset()
+    watch.say("truth in float64")
     inputs = case.inputs(settings.device)
-    backend = serving_backend(case, inputs)
-    measurements = {
-        name: Measurement(name, each.baseline, "" if each.baseline else backend)
-        for name, each in implementations.items()
-    }
-    progress("truth in float64")
     examiner = Examiner(case, inputs)
-    calls = {}
-    for name, implementation in implementations.items():
-        progress(f"checking {name}")
-        if call := examiner.examine(implementation, measurements[name]):
-            calls[name] = call
+    measurements = _measurements(implementations, serving_backend(case, inputs), lost)
+    calls = _checked(examiner, {name: implementations[name] for name in measurements if name not in lost},
+                     measurements, watch)  # fmt: skip
     plain_errors = examiner.plain_errors
     del examiner
-    progress("timing")
+    watch.say("timing")
     pairs = _pairs(measurements, calls)
-    samples = timing.time_interleaved(calls, settings.budget, timing.clock_of(settings.device), pairs=pairs)
+    clock = timing.clock_of(settings.device)
+    samples = timing.time_interleaved(calls, settings.budget, clock, pairs=pairs, turn=watch.turn)
     calls.clear()
-    progress("checking again, on fresh inputs")
-    _examine_again(case, settings.device, {candidate: measurements[candidate] for _, candidate in pairs})
+    watch.say("checking again, on fresh inputs")
+    _examine_again(case, settings.device, {candidate: measurements[candidate] for _, candidate in pairs}, watch)
     timed = [name for name in samples if measurements[name].status == "ok"]
     work = case.work()
     limit, bound = peaks.limit(work, case.dtype) if work and peaks else (None, None)
     for name in timed:
-        progress(f"memory of {name}")
         _fill_in(measurements[name], samples, limit)
         if settings.memory:
+            watch.say(f"memory of {name}")
+            watch.turn(name)
             measurements[name].extra_memory = extra_memory(case, implementations[name], settings.device)
     for baseline, candidate in _pairs(measurements, timed):
         seconds = (measurements[name].samples.seconds for name in (baseline, candidate))
@@ -132,7 +131,29 @@ def run_case(
         suite=suite, case=case.name, operator=case.operator.name, shape=case.shape, dtype=case.dtype_name,
         direction=case.direction, plain_error_mean=plain_errors[0], plain_error_max=plain_errors[1],
         limit_seconds=limit, bound=bound, measurements=list(measurements.values()),
+        flops=work and work.flops, bytes=work and (work.read + work.written) * case.dtype.itemsize,
     )  # fmt: skip
+
+
+def _measurements(implementations: Mapping[str, Implementation], backend: str, lost) -> dict[str, Measurement]:
+    found = {}
+    for name, each in implementations.items():
+        found[name] = Measurement(name, each.baseline, "" if each.baseline else backend)
+        if name in lost:
+            found[name].status, found[name].note = lost[name].status, lost[name].note
+    return found
+
+
+def _checked(examiner, implementations: Mapping[str, Implementation], measurements, watch) -> dict[str, Callable]:
+    """The calls whose time counts."""
+    calls = {}
+    for name, implementation in implementations.items():
+        watch.say(f"checking {name}")
+        watch.turn(name)
+        if call := examiner.examine(implementation, measurements[name]):
+            calls[name] = call
+    watch.turn("")
+    return calls
 
 
 def _pairs(measurements: dict[str, Measurement], timed: Iterable[str]) -> list[tuple[str, str]]:
@@ -142,7 +163,7 @@ def _pairs(measurements: dict[str, Measurement], timed: Iterable[str]) -> list[t
     return [(name, candidate) for candidate in candidates for name in timed if measurements[name].baseline]
 
 
-def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measurement]) -> None:
+def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measurement], watch) -> None:
     """A kernel may answer from memory, or tire: what was timed must be right on inputs that it has not seen, too.
 
     Of a few elements one kernel rounds some worse by chance; wrong is one that is so on each of several inputs.
@@ -150,9 +171,11 @@ def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measu
     for seed in FRESH_SEEDS:
         if not candidates:
             return
+        watch.turn("")
         examiner = Examiner(case, case.inputs(device, seed))
         again = {name: Measurement(name, baseline=False, backend="") for name in candidates}
         for name, measurement in again.items():
+            watch.turn(name)
             examiner.examine(case.operator.implementations[name], measurement)
         candidates = {name: candidates[name] for name, measurement in again.items() if measurement.status != "ok"}
     for name, measurement in candidates.items():

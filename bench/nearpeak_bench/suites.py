@@ -1,13 +1,17 @@
-"""The suites by name, one per family, and the choice of their cases."""
+"""The suites by name, one per family, the choice of their cases, and the files of a user's that add kernels to them."""
 
 import pathlib
 import runpy
+import sys
+import traceback
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary
-from .cases import Case
+from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes
+from .cases import OPERATORS, Case, Operator
+from .exits import UsageError
 
 SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
@@ -19,14 +23,90 @@ SUITES = {
 }
 
 
-# Files of the user's that registered implementations; a fresh process runs them again.
-added: list[pathlib.Path] = []
+class Addition(NamedTuple):
+    """A file of the user's that was run, and the implementations that it registered."""
+
+    path: pathlib.Path
+    implementations: list[tuple[Operator, str]]
+
+    def __str__(self):
+        return ", ".join(f"{name} of {operator.name}" for operator, name in self.implementations)
 
 
-def add(path: pathlib.Path) -> None:
-    """Run a Python file that registers implementations with our operators."""
-    runpy.run_path(str(path))
-    added.append(path.resolve())
+# What was added, and the models whose shapes are used: a fresh process is told of both.
+added: list[Addition] = []
+shaped: list[str] = []
+
+
+def add(path: pathlib.Path) -> Addition:
+    """Run a Python file that registers implementations with our operators, and say what it registered.
+
+    Raises UsageError where the file cannot be run, registers nothing, or takes a name that is taken.
+    """
+    before = {operator: dict(operator.implementations) for operator in OPERATORS}
+    _execute(path)
+    found = []
+    for operator in OPERATORS:
+        known = before.get(operator, {})
+        for name, implementation in operator.implementations.items():
+            if name in known and known[name] is not implementation:
+                raise UsageError(f"{path} registers {name!r} with {operator.name}, which has one: choose another name")
+            if name not in known:
+                found.append((operator, name))
+    if not found:
+        raise UsageError(
+            f"{path} registers no kernel: decorate a function with one of our operators, as in "
+            "@nearpeak_bench.norm.rms_norm.implementation('mine')"
+        )
+    added.append(Addition(path.resolve(), found))
+    return added[-1]
+
+
+def _execute(path: pathlib.Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} to add")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        # The file may import what lies beside it; last, so that it hides no one else's modules.
+        sys.path.append(folder)
+    try:
+        runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        lines = [
+            f"{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        where = f" in line {lines[-1]}" if lines else ""
+        remedy = f"`python {path}` shows more"
+        if isinstance(error, ModuleNotFoundError):
+            remedy = f"install {error.name}, or import it inside of the function, so that its absence costs one row"
+        raise UsageError(f"{path} cannot be added: {type(error).__name__}{where}: {message}; {remedy}") from None
+
+
+def use_shapes(names: tuple[str, ...]) -> None:
+    """Replace the cases of all suites by those in the shapes of these models (shapes.py)."""
+    made = shapes.cases(names)
+    for suite in SUITES:
+        SUITES[suite] = made.get(suite, [])
+    shaped[:] = names
+
+
+class State(NamedTuple):
+    """What a fresh process needs to know the same cases and implementations."""
+
+    files: list[pathlib.Path]
+    shaped: tuple[str, ...]
+
+
+def state() -> State:
+    return State([addition.path for addition in added], tuple(shaped))
+
+
+def restore(state: State) -> None:
+    for path in state.files:
+        add(path)
+    if state.shaped:
+        use_shapes(state.shaped)
 
 
 def select(

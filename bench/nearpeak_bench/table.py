@@ -3,7 +3,9 @@
 The worst line of a suite, the one slowest against its fastest baseline, is marked, and so is every wrong result.
 """
 
+import csv
 import dataclasses
+import io
 import statistics
 from collections.abc import Iterable
 
@@ -14,9 +16,10 @@ import rich.table
 import rich.text
 
 from .memory import RESOLUTION
-from .results import Measurement, Row
+from .results import BROKEN, Measurement, Results, Row
 from .verdicts import SLOWER, Ratio, Spread
 
+BAD = ("wrong", *BROKEN)
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 CASE_HEADERS = ["op", "shape", "dtype", "backend"]
 DROPPABLE = ["max error", "memory", "mean error", "backend", "rows"]
@@ -113,7 +116,8 @@ def _note(row: Row, candidate: Measurement) -> str:
         # A yardstick, not a rival: what counts is the time on top of it.
         over = [f"{seconds_text(ratio.difference)} over {name}" for name, ratio in candidate.ratios.items()]
         return ", ".join([*over, *filter(None, [candidate.note])])
-    return candidate.note
+    baselines = [f"{m.implementation} {m.status}: {m.note}" for m in row.baselines() if m.status in BROKEN]
+    return "; ".join([*filter(None, [candidate.note]), *baselines])
 
 
 def suite_table(suite: str, rows: Iterable[Row]) -> Table:
@@ -125,7 +129,7 @@ def suite_table(suite: str, rows: Iterable[Row]) -> Table:
     worst = min(timed, key=lambda candidate: slowest_ratio(candidate).value, default=None)
     lines = []
     for row, candidate in pairs:
-        bad = candidate.status in ("wrong", "failed")
+        bad = candidate.status in BAD
         cells = [
             row.operator if row.direction == "forward" else f"{row.operator} {row.direction}",
             row.shape,
@@ -158,7 +162,7 @@ def summary_table(rows: list[Row]) -> Table:
 
 def _summary_line(operator, direction, dtype, backend, members) -> Line:
     timed = [(row, candidate, slowest_ratio(candidate)) for row, candidate in members if candidate.ratios]
-    wrong = sum(candidate.status in ("wrong", "failed") for _, candidate in members)
+    wrong = sum(candidate.status in BAD for _, candidate in members)
     shares = [candidate.share for _, candidate in members if candidate.share is not None]
     cells = [
         operator if direction == "forward" else f"{operator} {direction}",
@@ -254,6 +258,33 @@ def to_markdown(tables: Iterable[Table]) -> str:
         notes = [f"- {line.name}: {line.note}" for line in table.lines if line.note]
         parts.append("\n".join([*head, "", *notes]).rstrip() + "\n")
     return "\n".join([*parts, EXPLANATION, ""])
+
+
+CSV_COLUMNS = (
+    "suite", "case", "operator", "shape", "dtype", "direction", "implementation", "baseline", "backend", "status",
+    "seconds", "seconds_lower", "seconds_upper", "rounds", "against", "ratio", "ratio_lower", "ratio_upper", "verdict",
+    "limit_seconds", "bound", "share", "error_mean", "error_max", "extra_memory", "note",
+)  # fmt: skip
+
+
+def to_csv(found: Results) -> str:
+    """A line per implementation and baseline that it is held against; the figures are not rounded."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in found.rows:
+        for m in row.measurements:
+            known = {**vars(row), **vars(m)}
+            if m.spread:
+                known |= {"seconds": m.spread.median, "seconds_lower": m.spread.lower, "seconds_upper": m.spread.upper}
+                known["rounds"] = len(m.samples.seconds)
+            for name, ratio in m.ratios.items() or [("", None)]:
+                against = {"against": name}
+                if ratio:
+                    against |= {"ratio": ratio.value, "ratio_lower": ratio.lower, "ratio_upper": ratio.upper}
+                    against["verdict"] = ratio.verdict
+                writer.writerow({**known, **against})
+    return text.getvalue()
 
 
 def _markdown_line(cells: Iterable[str]) -> str:

@@ -90,12 +90,13 @@ def time_interleaved(
     clock: Clock = cpu_clock,
     *,
     pairs: Sequence[tuple[str, str]] = (),
+    turn: Callable[[str], None] = lambda name: None,
     seed: int = 0,
 ) -> dict[str, Samples]:
     """Time all `calls` in interleaved rounds of random order, MIN_ROUNDS rounds at least.
 
     The rounds end after `budget` seconds, or before that as soon as the ratio of every pair (baseline, candidate) is
-    known to PRECISION.
+    known to PRECISION. `turn` is told, outside of what is timed, whose call comes next.
     """
     shuffle = random.Random(seed).shuffle
     order = list(calls)
@@ -104,7 +105,10 @@ def time_interleaved(
     gc.collect()
     gc.disable()
     try:
-        repeats = {name: calibrate(call, clock) for name, call in calls.items()}
+        repeats = {}
+        for name, call in calls.items():
+            turn(name)
+            repeats[name] = calibrate(call, clock)
         deadline = time.perf_counter() + budget
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() >= deadline:
@@ -113,6 +117,7 @@ def time_interleaved(
                 break
             shuffle(order)
             for name in order:
+                turn(name)
                 seconds[name].append(clock(calls[name], repeats[name]) / repeats[name])
     finally:
         if collecting:

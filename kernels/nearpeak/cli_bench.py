@@ -1,0 +1,175 @@
+"""The command `nearpeak bench`: its options, and its way into the package `nearpeak_bench`."""
+
+import importlib.util
+import os
+import pathlib
+from typing import Annotated
+
+import rich.console
+import rich.markup
+import typer
+
+MODULES = ("jinja2", "matplotlib")
+LOG_WIDTH = 120
+CHOICE, TIMING, GATE, FILES = "Choice of cases", "Timing", "Comparison with an earlier run", "Files"
+
+Path = pathlib.Path | None
+
+Suites = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
+        "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
+        "between two files of results."
+    ),
+]
+Full = Annotated[
+    bool, typer.Option("--full/--quick", help="Every shape and dtype, or a subset.", rich_help_panel=CHOICE)
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(help="Only this dtype: float32, bfloat16 or float16. May be repeated.", rich_help_panel=CHOICE),
+]
+Filter = Annotated[str, typer.Option("--filter", help="Only cases whose name contains this.", rich_help_panel=CHOICE)]
+Add = Annotated[
+    list[pathlib.Path] | None,
+    typer.Option(
+        help="A Python file that registers kernels of yours, to be measured too; without the name of a suite, only "
+        "their operators' cases run. May be repeated.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Cases in the shapes of a real model's layer: llama3-8b, gemma3-270m, bert-base, t5-base, gpt2, "
+        "qwen3-8b, mistral-7b, deepseek-v3, or the path of a Hugging Face config.json. May be repeated.",
+        rich_help_panel=CHOICE,
+    ),
+]
+TimeBudget = Annotated[
+    float | None,
+    typer.Option(help="Seconds of timing per case (never fewer than three rounds).", rich_help_panel=TIMING),
+]
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate/--no-isolate",
+        help="Measure in a process of its own, so that a crash or an endless loop costs one implementation of one row; "
+        "without, in this one, for debuggers and profilers.",
+        rich_help_panel=TIMING,
+    ),
+]
+TimeLimit = Annotated[
+    float,
+    typer.Option(help="Seconds after which a call that has not returned is given up.", rich_help_panel=TIMING),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB that the measured process may take; by default 80 % of this machine's.", rich_help_panel=TIMING
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the last run that was interrupted.", rich_help_panel=CHOICE)
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|last",
+        help="Hold this run against an earlier one, a file or this machine's last, as compare does.",
+        rich_help_panel=GATE,
+    ),
+]
+Threshold = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[OPERATOR=]PERCENT",
+        help="Changes below it are no changes: of all operators, as in 5, or of one, as in rms_norm=10; by default 2, "
+        "and never less than the noise. May be repeated.",
+        rich_help_panel=GATE,
+    ),
+]
+Json = Annotated[Path, typer.Option(help="Where to write every sample, as JSON.", rich_help_panel=FILES)]
+Html = Annotated[Path, typer.Option(help="Where to write the page with tables and charts.", rich_help_panel=FILES)]
+Markdown = Annotated[Path, typer.Option(help="Where to write the tables as Markdown.", rich_help_panel=FILES)]
+
+Csv = Annotated[Path, typer.Option(help="Where to write every figure of the tables, as CSV.", rich_help_panel=FILES)]
+
+
+def bench(
+    suites: Suites = None,
+    full: Full = False,
+    dtype: Dtypes = None,
+    pattern: Filter = "",
+    shapes: Shapes = None,
+    add: Add = None,
+    resume: Resume = False,
+    time_budget: TimeBudget = None,
+    isolate: Isolate = True,
+    time_limit: TimeLimit = 180.0,
+    memory_limit: MemoryLimit = None,
+    against: Against = None,
+    threshold: Threshold = None,
+    json: Json = None,
+    html: Html = None,
+    markdown: Markdown = None,
+    csv: Csv = None,
+) -> None:
+    """Measure the kernels against what you have today, and against what this machine could do.
+
+    Each kernel is first checked against float64, then timed in turns with its baselines (the plain layer, PyTorch's
+    own function, torch.compile); its speed is given as ratios, and as a share of the limit that arithmetic and memory
+    set. Files go to [bold].nearpeak/results/[/] unless you name them. Ctrl-C keeps the finished rows.
+
+    Examples:
+
+      All kernels, the quick cases:  [cyan]nearpeak bench[/]
+
+      Two families, every shape, one dtype:  [cyan]nearpeak bench norm rotary --full --dtype bfloat16[/]
+
+      A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
+
+      A kernel of yours beside ours:  [cyan]nearpeak bench --add mykernel.py[/]
+
+      What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
+
+      What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+    Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
+    whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
+    """
+    given = locals()
+    _require_modules()
+    from nearpeak_bench import command
+
+    _exit_with(command.run, command.Options.of(**given))
+
+
+def console() -> rich.console.Console:
+    """The terminal; where there is none, as in a log file, wide enough for every column of the tables."""
+    found = rich.console.Console()
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = LOG_WIDTH
+    return found
+
+
+def _require_modules() -> None:
+    if any(importlib.util.find_spec(name) is None for name in MODULES):
+        raise _fail(r"nearpeak bench needs more packages: pip install nearpeak\[bench]")
+
+
+def _exit_with(run, *arguments) -> None:
+    """Exit with the code that `run` returns, or with one line where the request cannot be served."""
+    from nearpeak_bench.exits import UsageError
+
+    try:
+        code = run(*arguments, console())
+    except UsageError as error:
+        raise _fail(rich.markup.escape(str(error))) from None
+    raise typer.Exit(code)
+
+
+def _fail(message: str) -> typer.Exit:
+    rich.console.Console(stderr=True).print(f"[red]error:[/] {message}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
