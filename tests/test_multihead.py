@@ -61,6 +61,15 @@ MASKS = ("none", "padding", "float padding", "hidden", "added", "hidden per head
          "both floats", "causal", "causal and padding")  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads wait for each other at each small operator: three times the processor time for the whole file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def both(layer, dtype=torch.float32):
     """nearpeak's and torch's layer with the same random parameters."""
     options = {"embed_dim": WIDTH, "num_heads": HEADS, "dtype": dtype, **LAYERS[layer]}
