@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 
 from .. import backends, operators, triton_launch
-from . import reference, triton_merge, triton_tiles
+from . import reference, triton_merge, triton_sequences, triton_terms, triton_tiles
 from .triton_backward import differentiate_key, differentiate_query, prepare
 from .triton_forward import attend
 from .triton_merge import merge
 
 MAX_HEAD_DIM = 256
-TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
 SMALLEST_FACTOR = 1e-30  # stands for a scale of 0, which would make NaN of a masked score's -inf
 
 
@@ -25,31 +24,34 @@ class _Plan(NamedTuple):
 
     left: int | None  # the window, without the sides that forbid nothing
     right: int | None
+    terms: triton_terms.Terms
+    bounds: triton_sequences.Bounds | None
     tile: triton_tiles.Tile
     programs: int
     splits: int  # programs that share the keys of one tile
 
 
-def _plain_serves(query, value, terms) -> bool:
+def _plain_serves(query, value) -> bool:
     """Whether a call goes to the reference; `explain` hears why."""
-    if query.shape[3] != value.shape[3] or query.shape[3] > MAX_HEAD_DIM:
-        backends.because(f"head_dim is over {MAX_HEAD_DIM}, or another than value's: plain PyTorch serves it")
-        return True
-    # The dispatcher drops trailing arguments that have their default.
-    given = [name for name, term in zip(TERMS, terms, strict=False) if term is not None]
-    for name in given:
-        backends.because(f"{name} is given, which the Triton kernel does not read yet: plain PyTorch serves it")
-    return bool(given)
+    if max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+        return False
+    backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
+    return True
 
 
-def attention(query, key, value, window_left, window_right, scale, softcap, *terms):
-    if _plain_serves(query, value, terms):
-        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms)
+def attention(
+    query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
+    if _plain_serves(query, value):
+        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms, *starts)
+    bounds = triton_sequences.bounds(query, *starts)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plan = _plan(query, key, window_left, window_right)
+    plan = _plan(query, key, value, window_left, window_right, triton_terms.terms(*terms), bounds)
     with triton_launch.on(query.device):
         if plan.splits == 1:
             _launch(plan, query, key, value, out, (0, *out.stride()[:3]), lse, scale, softcap)
@@ -61,18 +63,22 @@ def attention(query, key, value, window_left, window_right, scale, softcap, *ter
     return out, lse
 
 
-def _plan(query, key, window_left, window_right):
+def _plan(query, key, value, window_left, window_right, terms, bounds):
     batch, heads, length, head_dim = query.shape
     _, key_heads, key_length, _ = key.shape
     left, right = _needed_window(window_left, window_right, length, key_length)
     device = triton_launch.describe(query.device)
-    rows = length * (heads // key_heads)
-    tile = triton_tiles.tile_sizes(rows, head_dim, query.element_size(), device.architecture, left is not None)
-    programs = batch * key_heads * triton.cdiv(rows, tile.rows)
-    open_keys = key_length
+    group = heads // key_heads
+    # What a packed sequence has of both on average is all that is known here.
+    sequences = bounds.sequences if triton_sequences.packed(bounds) else 1
+    rows, open_keys = triton.cdiv(length, sequences) * group, triton.cdiv(key_length, sequences)
     if left is not None and right is not None:
-        open_keys = min(key_length, max(0, left + right + length))
-    return _Plan(left, right, tile, programs, triton_tiles.splits(programs, open_keys, device.processors))
+        open_keys = min(open_keys, max(0, left + right + length))
+    width = max(head_dim, value.shape[3])
+    tile = triton_tiles.tile_sizes(rows, width, query.element_size(), device.architecture, left is not None)
+    programs = batch * key_heads * triton_sequences.tiles(bounds, length * group, tile.rows)
+    splits = triton_tiles.splits(programs, open_keys, device.processors)
+    return _Plan(left, right, terms, bounds, tile, programs, splits)
 
 
 def _needed_window(left, right, query_length, key_length):
@@ -88,18 +94,20 @@ def _needed_window(left, right, query_length, key_length):
 def _launch(plan, query, key, value, out, out_strides, lse, scale, softcap):
     """out_strides: of split, batch, head and position."""
     _, heads, length, head_dim = query.shape
-    _, key_heads, key_length, _ = key.shape
+    _, key_heads, key_length, value_dim = value.shape
     strides = [*(stride for t in (query, key, value) for stride in t.stride()[:3]), *out_strides]
     vector = triton_launch.vector_length(query.element_size(), *strides)
     factor = abs(scale) * math.log2(math.e) if softcap is None else abs(scale) / softcap
     reach_of_a_block = plan.tile.keys * max(key.stride(2), value.stride(2))
     attend[(plan.programs, plan.splits)](
-        query, key, value, out, lse, length, key_length, key_heads, plan.left or 0, plan.right or 0,
-        max(factor, SMALLEST_FACTOR), softcap, *(stride // vector for stride in strides),
+        query, key, value, out, lse, plan.terms, plan.bounds, length, key_length, key_heads,
+        plan.left or 0, plan.right or 0, max(factor, SMALLEST_FACTOR), softcap,
+        *(stride // vector for stride in strides),
         OFFSET=tl.int32 if reach_of_a_block < 2**31 else tl.int64,
         HAS_LEFT=plan.left is not None, HAS_RIGHT=plan.right is not None, NEGATIVE=scale < 0,
-        GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
-        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys, BLOCK_D=triton_tiles.padded(head_dim),
+        GROUP=heads // key_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, VECTOR=vector,
+        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys,
+        BLOCK_D=triton_tiles.padded(head_dim), BLOCK_V=triton_tiles.padded(value_dim),
         num_warps=plan.tile.warps, num_stages=plan.tile.stages, **triton_launch.OPTIONS,
     )  # fmt: skip
 
