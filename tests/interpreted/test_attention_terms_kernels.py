@@ -47,3 +47,9 @@ def judge(terms, draws):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_is_as_exact_as_plain(dtype, terms):
     judge(terms, draws_of(terms, dtype, False))
+
+
+@pytest.mark.parametrize("terms", CASES, ids=terms_of.terms_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_as_exact_as_plain(dtype, terms):
+    judge(terms, draws_of(terms, dtype, True))

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .triton_sequences import row_tile, tiles_of
 from .triton_shared import LN_2, LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, places, sink_of, unmasked
+from .triton_terms import biased, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -51,14 +51,15 @@ def _attend(
         k = load_tile(k_rows, tl.arange(0, BLOCK_D)[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
         s = tl.dot(q, k, input_precision="ieee")  # [M, N]
         among = inside[None, :] if MASKED else None
-        s, scores_factor = _scores(s, terms, keys[None, :], among, factor, softcap)
+        terms_keys = (start // BLOCK_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # so that their loads may be wide
+        s, scores_factor = _scores(s, terms, terms_keys, among, factor, softcap)
         if MASKED:
             allowed = keys[None, :] <= highest
             if HAS_LEFT:
                 allowed &= keys[None, :] >= lowest
             s = tl.where(allowed, s, float("-inf"))
         if terms.mask is not None:
-            s = tl.where(unmasked(terms, keys[None, :], among), s, float("-inf"))
+            s = tl.where(unmasked(terms, terms_keys, among), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scores_factor)
         shift = new_top
         if MASKED or terms.mask is not None or terms.bias is not None:
@@ -127,20 +128,20 @@ def _attend_window(
     if HAS_LEFT:
         row = _rows(tile, state[2], BLOCK_M)
         state = _attend(
-            state, q, places(terms, row[:, None], batch, chosen, span, GROUP),
+            state, q, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
             key_ptr, value_ptr, key_step, value_step, begin, whole, key_length,
             (row // GROUP + shift - window_left)[:, None],
             _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),
             factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True,
         )  # fmt: skip
     state = _attend(
-        state, q, places(terms, _rows(tile, state[2], BLOCK_M)[:, None], batch, chosen, span, GROUP),
+        state, q, places_of_tile(terms, _rows(tile, state[2], BLOCK_M)[:, None], batch, chosen, span, GROUP),
         key_ptr, value_ptr, key_step, value_step, whole, whole_end, key_length, None, None,
         factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False,
     )  # fmt: skip
     row = _rows(tile, state[2], BLOCK_M)
     return _attend(
-        state, q, places(terms, row[:, None], batch, chosen, span, GROUP),
+        state, q, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
         key_ptr, value_ptr, key_step, value_step, whole_end, end, key_length,
         (row // GROUP + shift - window_left)[:, None],
         _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),

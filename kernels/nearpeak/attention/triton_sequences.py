@@ -24,14 +24,10 @@ class Bounds(NamedTuple):
 
 
 def bounds(query, query_starts=None, key_starts=None, key_ends=None):
-    """None where nothing bounds the sequences."""
-    given = [t for t in (query_starts, key_starts, key_ends) if t is not None]
-    if not given:
-        return None
-    sequences = 0 if query_starts is None else query_starts.numel() - 1
     _check(query, query_starts, key_starts, key_ends)
-    contiguous = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_ends))
-    return Bounds(*contiguous, sequences, sequences.bit_length())
+    sequences = 0 if query_starts is None else query_starts.numel() - 1
+    dense = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_ends))
+    return Bounds(*dense, sequences, sequences.bit_length())
 
 
 def _check(query, query_starts, key_starts, key_ends):
@@ -47,19 +43,15 @@ def _check(query, query_starts, key_starts, key_ends):
 
 def tiles(bounds, extent, tile):
     """How many tiles a head's rows or keys take."""
-    return extent // tile + bounds.sequences if packed(bounds) else triton.cdiv(extent, tile)
-
-
-def packed(bounds):
-    return bounds is not None and bounds.query_starts is not None
+    return extent // tile + bounds.sequences if bounds.sequences else triton.cdiv(extent, tile)
 
 
 @triton.jit
 def tiles_of(bounds, extent, TILE: tl.constexpr):
-    if bounds is not None:
-        if bounds.query_starts is not None:
-            return extent // TILE + bounds.sequences
-    return tl.cdiv(extent, TILE)
+    if bounds.query_starts is not None:
+        return extent // TILE + bounds.sequences
+    else:
+        return tl.cdiv(extent, TILE)
 
 
 @triton.jit
@@ -68,29 +60,22 @@ def _clamped(pointer, index, length):
 
 
 @triton.jit
-def _keys_of(bounds, sequence, key_length):
-    """Where a batch entry's or a packed sequence's keys begin, and how many they are."""
-    start, end = 0, key_length
-    if bounds.key_starts is not None:
-        start = _clamped(bounds.key_starts, sequence, key_length)
-    if bounds.key_ends is not None:
-        end = _clamped(bounds.key_ends, sequence, key_length)
-    elif bounds.query_starts is not None:
-        end = _clamped(bounds.key_starts, sequence + 1, key_length)
-    return start, tl.maximum(end - start, 0)
-
-
-@triton.jit
-def span_of(bounds, sequence, query_length, key_length):
+def _span_of(bounds, sequence, query_length, key_length):
     """(query start, query length, key start, key length) of a packed sequence, or of a batch entry."""
-    if bounds is None:
-        return 0, query_length, 0, key_length
-    query_start, queries = 0, query_length
+    query_start, query_end, key_start, key_end = 0, query_length, 0, key_length
+    if bounds.key_starts is not None:
+        key_start = _clamped(bounds.key_starts, sequence, key_length)
+    if bounds.key_ends is not None:
+        key_end = _clamped(bounds.key_ends, sequence, key_length)
+    elif bounds.query_starts is not None:
+        key_end = _clamped(bounds.key_starts, sequence + 1, key_length)
+    if bounds.key_starts is not None or bounds.key_ends is not None:
+        key_length = tl.maximum(key_end - key_start, 0)
     if bounds.query_starts is not None:
         query_start = _clamped(bounds.query_starts, sequence, query_length)
-        queries = tl.maximum(_clamped(bounds.query_starts, sequence + 1, query_length) - query_start, 0)
-    key_start, keys = _keys_of(bounds, sequence, key_length)
-    return query_start, queries, key_start, keys
+        query_end = _clamped(bounds.query_starts, sequence + 1, query_length)
+        query_length = tl.maximum(query_end - query_start, 0)
+    return query_start, query_length, key_start, key_length
 
 
 @triton.jit
@@ -114,17 +99,30 @@ def _find(bounds, starts, tile, unit, TILE: tl.constexpr):
 def row_tile(bounds, batch, tile, query_length, key_length, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """A tile's place among its sequence's rows, and the sequence's span."""
     sequence = batch
-    if bounds is not None:
-        if bounds.query_starts is not None:
-            sequence, tile = _find(bounds, bounds.query_starts, tile, GROUP, BLOCK_M)
-    return tile, span_of(bounds, sequence, query_length, key_length)
+    if bounds.query_starts is not None:
+        sequence, tile = _find(bounds, bounds.query_starts, tile, GROUP, BLOCK_M)
+    return tile, _span_of(bounds, sequence, query_length, key_length)
 
 
 @triton.jit
 def key_block(bounds, batch, block, query_length, key_length, BLOCK_N: tl.constexpr):
     """A block's place among its sequence's keys, and the sequence's span."""
     sequence = batch
-    if bounds is not None:
-        if bounds.query_starts is not None:
-            sequence, block = _find(bounds, bounds.key_starts, block, 1, BLOCK_N)
-    return block, span_of(bounds, sequence, query_length, key_length)
+    if bounds.query_starts is not None:
+        sequence, block = _find(bounds, bounds.key_starts, block, 1, BLOCK_N)
+    return block, _span_of(bounds, sequence, query_length, key_length)
+
+
+@triton.jit
+def spans_of_rows(bounds, batch, index, query_length, key_length):
+    """The span of each row's sequence, for rows that may belong to several."""
+    sequence = batch
+    if bounds.query_starts is not None:
+        low, high = 0 * index, 0 * index + bounds.sequences - 1
+        for _ in range(bounds.steps):
+            middle = (low + high + 1) // 2
+            reached = tl.load(bounds.query_starts + middle).to(tl.int32) <= index
+            low = tl.where(reached, middle, low)
+            high = tl.where(reached, high, middle - 1)
+        sequence = low
+    return _span_of(bounds, sequence, query_length, key_length)

@@ -61,6 +61,22 @@ def terms(mask=None, bias=None, alibi_slopes=None, sinks=None):
     return Terms(pairs(mask), pairs(bias), slopes, slopes_batch, None if sinks is None else sinks.contiguous())
 
 
+WIDE = 16  # elements, and bytes of an address, whose multiples the compiler knows
+
+
+def _loads_wide(pairs) -> bool:
+    aligned = all(stride % WIDE == 0 for stride in pairs[1:4]) and pairs.pointer.data_ptr() % WIDE == 0
+    return aligned and pairs.key == 1
+
+
+def crowding(terms, bounds) -> int:
+    """How far a mask or bias crowds a tile's registers: 1 where it is one that can be loaded 16 bytes at once, else 2."""
+    read = [pairs for pairs in (terms.mask, terms.bias) if pairs is not None]
+    if len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0]):
+        return 1
+    return 2 if read else 0
+
+
 @triton.jit
 def in_base_2(term):
     """A finite term stays finite, as in plain softmax: rows whose keys all have the most negative one see all."""
@@ -75,29 +91,32 @@ def _rows_of(pairs, batch, head, index, key):
 
 
 @triton.jit
-def places(terms, row, batch, chosen, span, GROUP: tl.constexpr):
-    """Of local rows (position, head), shaped to spread over keys. Rows behind the last one read the last one's terms.
+def places(terms, batch, head, index, first_key, position):
+    """Of rows of any shape that spreads over keys: their heads, and their indices and positions, which may differ."""
+    mask, mask_key, bias, bias_key, slope = None, None, None, None, None
+    if terms.mask is not None:
+        mask, mask_key = _rows_of(terms.mask, batch, head, index, first_key), terms.mask.key
+    if terms.bias is not None:
+        bias, bias_key = _rows_of(terms.bias, batch, head, index, first_key), terms.bias.key
+    if terms.slopes is not None:
+        slope = tl.load(terms.slopes + batch * terms.slopes_batch + head).to(tl.float32) * LOG2_E
+    return Places(mask, mask_key, bias, bias_key, slope, position)
+
+
+@triton.jit
+def places_of_tile(terms, row, batch, chosen, span, GROUP: tl.constexpr):
+    """Of a tile's (position, head) rows; those behind the last one read the last one's terms.
 
     span: the sequence's (query start, query length, key start, key length).
     """
-    mask, mask_key, bias, bias_key, slope = None, None, None, None, None
-    head = chosen * GROUP + row % GROUP
     index = span[0] + tl.maximum(tl.minimum(row // GROUP, span[1] - 1), 0)
-    if terms.mask is not None:
-        mask, mask_key = _rows_of(terms.mask, batch, head, index, span[2]), terms.mask.key
-    if terms.bias is not None:
-        bias, bias_key = _rows_of(terms.bias, batch, head, index, span[2]), terms.bias.key
-    if terms.slopes is not None:
-        slope = tl.load(terms.slopes + batch * terms.slopes_batch + head).to(tl.float32) * LOG2_E
-    return Places(mask, mask_key, bias, bias_key, slope, row // GROUP + span[3] - span[1])
+    return places(terms, batch, chosen * GROUP + row % GROUP, index, span[2], row // GROUP + span[3] - span[1])
 
 
 @triton.jit
 def _load(rows, keys, step, inside):
     at = rows + keys.to(tl.int64) * step
-    if inside is None:
-        return tl.load(at)
-    return tl.load(at, mask=inside, other=0)
+    return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
