@@ -147,7 +147,10 @@ def attention_backward(
 ):  # fmt: skip
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
     if _plain_serves(query, value) or _plain_differentiates(*starts):
-        tensors, options = (grad_out, grad_lse, query, key, value, out, lse), (window_left, window_right, scale, softcap)
+        tensors, options = (
+            (grad_out, grad_lse, query, key, value, out, lse),
+            (window_left, window_right, scale, softcap),
+        )
         return reference.attention_backward(*tensors, *options, *terms, *starts, bias_gradient)
     bounds = triton_sequences.bounds(query, *starts)
     gradients = tuple(operators.empty_laid_out_like(tensor) for tensor in (query, key, value))

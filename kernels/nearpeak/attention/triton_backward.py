@@ -160,9 +160,7 @@ def _add_keys(
         if EXACT:
             total += tl.sum(p, axis=1)
         d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")  # [M, N]
-        d_product = _d_product(
-            p, d_p, delta[:, None], None if grad_lse is None else grad_lse[:, None], capped, softcap
-        )
+        d_product = _d_product(p, d_p, delta[:, None], None if grad_lse is None else grad_lse[:, None], capped, softcap)
         d_query = tl.dot(d_product.to(k.dtype), k, d_query, input_precision="ieee")
     return d_query, total
 
@@ -330,9 +328,7 @@ def _add_rows(
             p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, MASKED)[None, :]
         d_value = tl.dot(p.to(grad.dtype), grad, d_value, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(grad), input_precision="ieee")  # [N, M]
-        d_product = _d_product(
-            p, d_p, delta[None, :], None if grad_lse is None else grad_lse[None, :], capped, softcap
-        )
+        d_product = _d_product(p, d_p, delta[None, :], None if grad_lse is None else grad_lse[None, :], capped, softcap)
         d_key = tl.dot(d_product.to(q.dtype), q, d_key, input_precision="ieee")
     return d_key, d_value
 

@@ -47,12 +47,13 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _smaller(tile: Tile, crowding: int) -> Tile:
+def _smaller(tile: Tile, crowding: int, itemsize: int) -> Tile:
     """Beside a mask or bias, whose addresses and elements take registers: see triton_terms.crowding."""
     if crowding == 0:
         return tile
-    rows = tile.rows if crowding == 1 else max(16, tile.rows // 2)
-    return tile._replace(rows=rows, keys=max(16, tile.keys // 2))
+    rows = tile.rows if crowding == 1 and itemsize == 2 else max(16, tile.rows // 2)
+    stages = tile.stages if crowding == 1 else min(2, tile.stages)
+    return tile._replace(rows=rows, keys=max(16, tile.keys // 2), stages=stages)
 
 
 def tile_sizes(
@@ -60,7 +61,7 @@ def tile_sizes(
 ) -> Tile:
     """What one program takes at once of `rows` (query position, head) pairs."""
     tile = _tile_sizes(rows, head_dim, itemsize, architecture, windowed)
-    return _smaller(tile, crowding)
+    return _smaller(tile, crowding, itemsize)
 
 
 def _tile_sizes(rows, head_dim, itemsize, architecture, windowed):
@@ -126,17 +127,15 @@ PREPARE_ROWS, PREPARE_WARPS = 16, 1  # of the kernel before them, which only wai
 
 # Of the kernel of the bias's gradient, whatever the GPU: it keeps no sum as wide as head_dim.
 BIAS_GRADIENT = {
-    2: {64: Tile(64, 64, 8, 1), 128: Tile(64, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
-    4: {64: Tile(32, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    2: {64: Tile(32, 64, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    4: {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 
 
-def backward_tiles(
-    head_dim: int, itemsize: int, architecture: int | str, crowding: int = 0
-) -> tuple[Tile, Tile]:
+def backward_tiles(head_dim: int, itemsize: int, architecture: int | str, crowding: int = 0) -> tuple[Tile, Tile]:
     """What one program takes at once: of the kernel that makes dQ, and of the one that makes dK and dV."""
     query_tile, key_tile = _backward_tiles(head_dim, itemsize, architecture)
-    return _smaller(query_tile, crowding), _smaller(key_tile, crowding)
+    return _smaller(query_tile, crowding, itemsize), _smaller(key_tile, crowding, itemsize)
 
 
 def _backward_tiles(head_dim, itemsize, architecture):
