@@ -243,7 +243,8 @@ def _launch_differentiate_bias(call, d_bias):
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     vector = triton_launch.vector_length(call.query.element_size(), *strides)
     factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
-    tile = triton_tiles.bias_gradient_tile(max(head_dim, value_dim), call.query.element_size())
+    architecture = triton_launch.describe(call.query.device).architecture
+    tile = triton_tiles.bias_gradient_tile(max(head_dim, value_dim), call.query.element_size(), architecture)
     bias_batches, bias_heads, bias_rows, _ = d_bias.shape
     # A bias of one row for all positions, or for the only one, is summed over positions.
     row_tiles = triton.cdiv(bias_rows, tile.rows)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .triton_backward import d_score, load_statistic, probability
 from .triton_sequences import spans_of_rows
-from .triton_shared import block_of, load_tile, shifted
+from .triton_shared import block_of, load_tile
 from .triton_terms import places
 
 
@@ -123,21 +123,10 @@ def differentiate_bias(
         batch = owned // bias_heads + step // steps // sharing_heads
         head = owned % bias_heads + step // steps % sharing_heads
         index = begin + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        q_rows = shifted(
-            block_of(query_ptr, batch, head, 0, query_batch, query_head, query_step, VECTOR), index, query_step, VECTOR
-        )
-        grad_rows = shifted(
-            block_of(grad_ptr, batch, head, 0, grad_batch, grad_head, grad_step, VECTOR), index, grad_step, VECTOR
-        )
-        k_rows = shifted(
-            block_of(key_ptr, batch, head // GROUP, 0, key_batch, key_head, key_step, VECTOR), keys, key_step, VECTOR
-        )
-        v_rows = shifted(
-            block_of(value_ptr, batch, head // GROUP, 0, value_batch, value_head, value_step, VECTOR),
-            keys,
-            value_step,
-            VECTOR,
-        )
+        q_rows = block_of(query_ptr, batch, head, index, query_batch, query_head, query_step, VECTOR)
+        grad_rows = block_of(grad_ptr, batch, head, index, grad_batch, grad_head, grad_step, VECTOR)
+        k_rows = block_of(key_ptr, batch, head // GROUP, keys, key_batch, key_head, key_step, VECTOR)
+        v_rows = block_of(value_ptr, batch, head // GROUP, keys, value_batch, value_head, value_step, VECTOR)
         pair = (batch * key_heads + head // GROUP).to(tl.int64)
         statistics = statistics_ptr + (pair * query_length + index) * GROUP + head % GROUP
         spans = spans_of_rows(bounds, batch, index, query_length, key_length)

@@ -55,7 +55,7 @@ def shifted(pointer, rows, step, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def block_of(pointer, batch, key_head, first_key, batch_stride, head_stride, step, VECTOR: tl.constexpr):
-    """Where a sequence's rows of one key head begin."""
-    start = pointer + batch.to(tl.int64) * batch_stride * VECTOR + key_head.to(tl.int64) * head_stride * VECTOR
-    return shifted(start, first_key, step, VECTOR)
+def block_of(pointer, batch, head, row, batch_stride, head_stride, step, VECTOR: tl.constexpr):
+    """Where a row of one head begins, or each of several."""
+    start = pointer + batch.to(tl.int64) * batch_stride * VECTOR + head.to(tl.int64) * head_stride * VECTOR
+    return shifted(start, row, step, VECTOR)

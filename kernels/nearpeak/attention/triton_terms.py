@@ -70,7 +70,7 @@ def _loads_wide(pairs) -> bool:
 
 
 def crowding(terms, bounds) -> int:
-    """How far a mask or bias crowds a tile's registers: 1 where it is one that can be loaded 16 bytes at once, else 2."""
+    """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2."""
     read = [pairs for pairs in (terms.mask, terms.bias) if pairs is not None]
     if len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0]):
         return 1
