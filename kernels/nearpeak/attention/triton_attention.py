@@ -199,9 +199,11 @@ def _launch_differentiate(call, d_query, d_key, d_value):
     pairs, group = batch * key_heads, heads // key_heads
     architecture = triton_launch.describe(call.query.device).architecture
     width, size = max(head_dim, value_dim), call.query.element_size()
-    query_tile, key_tile = triton_tiles.backward_tiles(
-        width, size, architecture, triton_terms.crowding(call.terms, call.bounds)
-    )
+    crowding = triton_terms.crowding(call.terms, call.bounds)
+    query_tile, key_tile = triton_tiles.backward_tiles(width, size, architecture, crowding)
+    if head_dim != value_dim and crowding == 0:
+        # Two widths keep two sets of addresses: at 192 and 128 they spill 16 bytes on sm_90.
+        query_tile, _ = triton_tiles.backward_tiles(width, size, architecture, crowding=1)
     programs = pairs * triton_sequences.tiles(call.bounds, length * group, query_tile.rows)
     reach_of_a_block = query_tile.keys * max(call.key.stride(2), call.value.stride(2))
     _launch_walk(differentiate_query, call, programs, query_tile, reach_of_a_block, d_query)
