@@ -5,8 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from nearpeak.attention import triton_attention
 from nearpeak_bench.machine_code import (
     TARGETS,
+    Case,
     attention_backward_case,
     attention_case,
     compile_case,
@@ -17,6 +19,52 @@ from nearpeak_bench.machine_code import (
 )
 
 BFLOAT, SINGLE = torch.bfloat16, torch.float32
+
+TERMS = ("mask", "bias", "alibi", "sinks")
+
+
+def attention_terms_case(
+    options, head_dim=128, dtype=BFLOAT, value_dim=None, length=4096, window=(None, 0), softcap=None, backward=False
+):
+    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys or "packed" sequences.
+
+    Of an odd length nothing of a mask or bias is aligned.
+    """
+    batch = 1 if "packed" in options else 2
+
+    def empty(*shape, of=dtype):
+        return torch.empty(*shape, dtype=of, device="meta")
+
+    query, key = empty(batch, 32, length, head_dim), empty(batch, 8, length, head_dim)
+    value, out = (empty(*tensor.shape[:3], value_dim or head_dim) for tensor in (key, query))
+    lse = empty(*query.shape[:3], of=SINGLE)
+    terms = {
+        "mask": empty(batch, 1, length, length, of=torch.bool),
+        "bias": empty(1, 32, length, length),
+        "alibi": empty(32, of=SINGLE),
+        "sinks": empty(32),
+    }
+    terms = [terms[name] if name in options else None for name in TERMS]
+    if "row_bias" in options:
+        terms[1] = empty(batch, 1, 1, length)
+    starts = [empty(9, of=torch.int32)] * 2 if "packed" in options else [None, None]
+    ends = empty(batch, of=torch.int32) if "ranges" in options else None
+    arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends
+
+    def launch():
+        if not backward:
+            return triton_attention.attention(query, key, value, *arguments)
+        tensors = out, lse, query, key, value, out, lse
+        return triton_attention.attention_backward(*tensors, *arguments, terms[1] is not None)
+
+    widths = f"{head_dim}/{value_dim or head_dim} {str(dtype).removeprefix('torch.')} {length}"
+    window_and_softcap = f"{window if window != (None, 0) else ''} {softcap or ''}"
+    name = f"attention {'backward ' * backward}{'+'.join(options)} {widths} {window_and_softcap}".strip()
+    return Case(name, launch, matrix=dtype.itemsize == 2)
+
+
+# What crowds registers most: everything at once, unaligned, under a window and a softcap.
+EVERYTHING = {"options": (*TERMS, "packed"), "length": 4099, "window": (512, 0), "softcap": 50.0}
 
 # Each kernel at least once, the common ones for every target: what a change breaks first.
 CHOSEN = [
@@ -38,8 +86,29 @@ CHOSEN = [
     *((attention_backward_case(128, BFLOAT), target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
     (attention_backward_case(256, BFLOAT, window=(512, 0)), "sm_86"),
     (attention_backward_case(64, SINGLE, softcap=50.0), "sm_80"),
+    *((attention_terms_case((option,)), "sm_90") for option in ("mask", "bias", "alibi", "sinks", "packed", "ranges")),
+    (attention_terms_case(TERMS, length=4099), "sm_80"),
+    (attention_terms_case((), 192, value_dim=128), "sm_90"),
+    (attention_terms_case((), 192, value_dim=128, backward=True), "sm_90"),
+    (attention_terms_case(("bias",), backward=True), "sm_90"),
+    (attention_terms_case(("alibi", "sinks", "packed"), backward=True), "sm_80"),
 ]
 EVERY = [(case, target) for case in every_case() for target in TARGETS]
+EVERY += [
+    (attention_terms_case(head_dim=head_dim, dtype=dtype, backward=backward, **options), target)
+    for backward in (False, True)
+    for dtype in (BFLOAT, SINGLE)
+    for head_dim in (64, 128, 256)
+    for options in (
+        EVERYTHING,
+        {"options": ("mask", "bias"), "length": 4099},
+        {"options": ("bias",)},
+        {"options": ("row_bias", "alibi")},
+        {"options": ("sinks", "ranges")},
+        {"options": ("alibi", "sinks", "packed")},
+    )
+    for target in TARGETS
+]
 
 
 def pairs(cases):

@@ -15,7 +15,10 @@ pytest.importorskip("triton")
 FOLDER = pathlib.Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("family", ["norm", "layer_norm", "rotary", "feedforward", "attention", "attention_backward"])
+ATTENTION = ["attention", "attention_backward", "attention_terms", "attention_sequences"]
+
+
+@pytest.mark.parametrize("family", ["norm", "layer_norm", "rotary", "feedforward", *ATTENTION])
 def test_interpreted_kernels_are_as_exact_as_plain(family):
     file = FOLDER / f"test_{family}_kernels.py"
     options = ("-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore")

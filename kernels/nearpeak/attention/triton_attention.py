@@ -1,5 +1,5 @@
 """Attention on the GPU: launches triton_forward's kernel, and triton_merge's where keys are split over programs; for
-the gradients triton_backward's three kernels, one after the other.
+the gradients triton_backward's three kernels, one after the other, and triton_bias_gradient's.
 """
 
 import math
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from .. import backends, operators, triton_launch
-from . import reference, triton_merge, triton_tiles
+from . import reference, triton_merge, triton_sequences, triton_terms, triton_tiles
 from .triton_backward import differentiate_key, differentiate_query, prepare
+from .triton_bias_gradient import differentiate_bias
 from .triton_forward import attend
 from .triton_merge import merge
 
 MAX_HEAD_DIM = 256
-TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
 SMALLEST_FACTOR = 1e-30  # stands for a scale of 0, which would make NaN of a masked score's -inf
 
 
@@ -25,31 +25,34 @@ class _Plan(NamedTuple):
 
     left: int | None  # the window, without the sides that forbid nothing
     right: int | None
+    terms: triton_terms.Terms
+    bounds: triton_sequences.Bounds
     tile: triton_tiles.Tile
     programs: int
     splits: int  # programs that share the keys of one tile
 
 
-def _plain_serves(query, value, terms) -> bool:
+def _plain_serves(query, value) -> bool:
     """Whether a call goes to the reference; `explain` hears why."""
-    if query.shape[3] != value.shape[3] or query.shape[3] > MAX_HEAD_DIM:
-        backends.because(f"head_dim is over {MAX_HEAD_DIM}, or another than value's: plain PyTorch serves it")
-        return True
-    # The dispatcher drops trailing arguments that have their default.
-    given = [name for name, term in zip(TERMS, terms, strict=False) if term is not None]
-    for name in given:
-        backends.because(f"{name} is given, which the Triton kernel does not read yet: plain PyTorch serves it")
-    return bool(given)
+    if max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+        return False
+    backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
+    return True
 
 
-def attention(query, key, value, window_left, window_right, scale, softcap, *terms):
-    if _plain_serves(query, value, terms):
-        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms)
+def attention(
+    query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
+    if _plain_serves(query, value):
+        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms, *starts)
+    bounds = triton_sequences.bounds(query, *starts)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plan = _plan(query, key, window_left, window_right)
+    plan = _plan(query, key, value, window_left, window_right, triton_terms.terms(*terms), bounds)
     with triton_launch.on(query.device):
         if plan.splits == 1:
             _launch(plan, query, key, value, out, (0, *out.stride()[:3]), lse, scale, softcap)
@@ -61,18 +64,22 @@ def attention(query, key, value, window_left, window_right, scale, softcap, *ter
     return out, lse
 
 
-def _plan(query, key, window_left, window_right):
+def _plan(query, key, value, window_left, window_right, terms, bounds):
     batch, heads, length, head_dim = query.shape
     _, key_heads, key_length, _ = key.shape
     left, right = _needed_window(window_left, window_right, length, key_length)
     device = triton_launch.describe(query.device)
-    rows = length * (heads // key_heads)
-    tile = triton_tiles.tile_sizes(rows, head_dim, query.element_size(), device.architecture, left is not None)
-    programs = batch * key_heads * triton.cdiv(rows, tile.rows)
-    open_keys = key_length
+    group = heads // key_heads
+    # What a packed sequence has of both on average is all that is known here.
+    sequences = max(1, bounds.sequences)
+    rows, open_keys = triton.cdiv(length, sequences) * group, triton.cdiv(key_length, sequences)
     if left is not None and right is not None:
-        open_keys = min(key_length, max(0, left + right + length))
-    return _Plan(left, right, tile, programs, triton_tiles.splits(programs, open_keys, device.processors))
+        open_keys = min(open_keys, max(0, left + right + length))
+    width, crowding = max(head_dim, value.shape[3]), triton_terms.crowding(terms, bounds)
+    tile = triton_tiles.tile_sizes(rows, width, query.element_size(), device.architecture, left is not None, crowding)
+    programs = batch * key_heads * triton_sequences.tiles(bounds, length * group, tile.rows)
+    splits = triton_tiles.splits(programs, open_keys, device.processors)
+    return _Plan(left, right, terms, bounds, tile, programs, splits)
 
 
 def _needed_window(left, right, query_length, key_length):
@@ -88,18 +95,20 @@ def _needed_window(left, right, query_length, key_length):
 def _launch(plan, query, key, value, out, out_strides, lse, scale, softcap):
     """out_strides: of split, batch, head and position."""
     _, heads, length, head_dim = query.shape
-    _, key_heads, key_length, _ = key.shape
+    _, key_heads, key_length, value_dim = value.shape
     strides = [*(stride for t in (query, key, value) for stride in t.stride()[:3]), *out_strides]
     vector = triton_launch.vector_length(query.element_size(), *strides)
     factor = abs(scale) * math.log2(math.e) if softcap is None else abs(scale) / softcap
     reach_of_a_block = plan.tile.keys * max(key.stride(2), value.stride(2))
     attend[(plan.programs, plan.splits)](
-        query, key, value, out, lse, length, key_length, key_heads, plan.left or 0, plan.right or 0,
-        max(factor, SMALLEST_FACTOR), softcap, *(stride // vector for stride in strides),
+        query, key, value, out, lse, plan.terms, plan.bounds, length, key_length, key_heads,
+        plan.left or 0, plan.right or 0, max(factor, SMALLEST_FACTOR), softcap,
+        *(stride // vector for stride in strides),
         OFFSET=tl.int32 if reach_of_a_block < 2**31 else tl.int64,
         HAS_LEFT=plan.left is not None, HAS_RIGHT=plan.right is not None, NEGATIVE=scale < 0,
-        GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
-        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys, BLOCK_D=triton_tiles.padded(head_dim),
+        GROUP=heads // key_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, VECTOR=vector,
+        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys,
+        BLOCK_D=triton_tiles.padded(head_dim), BLOCK_V=triton_tiles.padded(value_dim),
         num_warps=plan.tile.warps, num_stages=plan.tile.stages, **triton_launch.OPTIONS,
     )  # fmt: skip
 
@@ -123,6 +132,8 @@ class _BackwardCall(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     statistics: torch.Tensor  # (2 or 4, rows): lse in base 2, delta; of float32 also dLse and 1 / sum(P)
+    terms: triton_terms.Terms
+    bounds: triton_sequences.Bounds
     left: int | None
     right: int | None
     scale: float
@@ -130,30 +141,45 @@ class _BackwardCall(NamedTuple):
 
 
 def attention_backward(
-    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap, *terms
-):
-    if _plain_serves(query, value, terms):
-        options = window_left, window_right, scale, softcap, *terms
-        return reference.attention_backward(grad_out, grad_lse, query, key, value, out, lse, *options)
-    no_bias = query.new_empty(0)
+    grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
+    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+):  # fmt: skip
+    terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
+    if _plain_serves(query, value) or _plain_differentiates(*starts):
+        tensors, options = (
+            (grad_out, grad_lse, query, key, value, out, lse),
+            (window_left, window_right, scale, softcap),
+        )
+        return reference.attention_backward(*tensors, *options, *terms, *starts, bias_gradient)
+    bounds = triton_sequences.bounds(query, *starts)
     gradients = tuple(operators.empty_laid_out_like(tensor) for tensor in (query, key, value))
+    d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
     if lse.numel() == 0 or key.numel() == 0:
-        return *(gradient.zero_() for gradient in gradients), no_bias
+        return *(gradient.zero_() for gradient in gradients), d_bias.zero_()
     grad_out, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad_out, out))
     statistics = query.new_empty(4 if query.dtype is torch.float32 else 2, lse.numel(), dtype=torch.float32)
-    left, right = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
-    architecture = triton_launch.describe(query.device).architecture
-    call = _BackwardCall(grad_out, query, key, value, statistics, left, right, scale, softcap)
-    query_tile, key_tile = triton_tiles.backward_tiles(query.shape[3], query.element_size(), architecture)
+    window = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
+    terms = triton_terms.terms(*terms)
+    call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
     with triton_launch.on(query.device):
         _launch_prepare(call, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous())
-        _launch_differentiate_query(call, query_tile, gradients[0])
-        _launch_differentiate_key(call, key_tile, *gradients[1:])
-    return *gradients, no_bias
+        _launch_differentiate(call, *gradients)
+        if bias_gradient:
+            _launch_differentiate_bias(call, d_bias)
+    return *gradients, d_bias
+
+
+def _plain_differentiates(query_starts, key_starts, key_ends) -> bool:
+    """Whether only the reference has the gradients of a call."""
+    if query_starts is None or key_ends is None:
+        return False
+    backends.because("key_ends lets packed sequences share keys: plain PyTorch makes the gradients")
+    return True
 
 
 def _launch_prepare(call, out, lse, grad_lse):
-    batch, heads, length, head_dim = call.query.shape
+    batch, heads, length, value_dim = call.grad_out.shape
     key_heads = call.key.shape[1]
     strides = *out.stride()[:3], *call.grad_out.stride()[:3]
     vector = triton_launch.vector_length(out.element_size(), *strides)
@@ -161,43 +187,77 @@ def _launch_prepare(call, out, lse, grad_lse):
     prepare[(batch * key_heads * tiles,)](
         out, call.grad_out, lse, grad_lse, call.statistics, lse.numel(), length, key_heads,
         *(stride // vector for stride in strides),
-        EXACT=out.dtype is torch.float32, GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
-        BLOCK_M=triton_tiles.PREPARE_ROWS, BLOCK_D=triton_tiles.padded(head_dim),
+        EXACT=out.dtype is torch.float32, GROUP=heads // key_heads, HEAD_DIM=value_dim, VECTOR=vector,
+        BLOCK_M=triton_tiles.PREPARE_ROWS, BLOCK_D=triton_tiles.padded(value_dim),
         num_warps=triton_tiles.PREPARE_WARPS, **triton_launch.OPTIONS,
     )  # fmt: skip
 
 
-def _launch_differentiate_query(call, tile, d_query):
-    batch, heads, length, _ = call.query.shape
-    programs = batch * call.key.shape[1] * triton.cdiv(length * (heads // call.key.shape[1]), tile.rows)
-    reach_of_a_block = tile.keys * max(call.key.stride(2), call.value.stride(2))
-    _launch_differentiate(differentiate_query, call, programs, tile, reach_of_a_block, d_query)
-
-
-def _launch_differentiate_key(call, tile, d_key, d_value):
-    batch, heads, length, _ = call.query.shape
-    _, key_heads, key_length, _ = call.key.shape
-    programs = batch * key_heads * triton.cdiv(key_length, tile.keys)
+def _launch_differentiate(call, d_query, d_key, d_value):
+    batch, heads, length, head_dim = call.query.shape
+    _, key_heads, key_length, value_dim = call.value.shape
+    pairs, group = batch * key_heads, heads // key_heads
+    architecture = triton_launch.describe(call.query.device).architecture
+    width, size = max(head_dim, value_dim), call.query.element_size()
+    crowding = triton_terms.crowding(call.terms, call.bounds)
+    query_tile, key_tile = triton_tiles.backward_tiles(width, size, architecture, crowding)
+    if head_dim != value_dim and crowding == 0:
+        # Two widths keep two sets of addresses: at 192 and 128 they spill 16 bytes on sm_90.
+        query_tile, _ = triton_tiles.backward_tiles(width, size, architecture, crowding=1)
+    programs = pairs * triton_sequences.tiles(call.bounds, length * group, query_tile.rows)
+    reach_of_a_block = query_tile.keys * max(call.key.stride(2), call.value.stride(2))
+    _launch_walk(differentiate_query, call, programs, query_tile, reach_of_a_block, d_query)
+    if call.bounds.key_starts is not None or call.bounds.key_ends is not None:
+        # Keys that no sequence has belong to no program.
+        d_key.zero_(), d_value.zero_()
+    programs = pairs * triton_sequences.tiles(call.bounds, key_length, key_tile.keys)
     reach_of_a_key_head = max(
-        tensor.stride(1) * (heads // key_heads) + tensor.stride(2) * length for tensor in (call.query, call.grad_out)
+        tensor.stride(1) * group + tensor.stride(2) * length for tensor in (call.query, call.grad_out)
     )
-    _launch_differentiate(differentiate_key, call, programs, tile, reach_of_a_key_head, d_key, d_value)
+    _launch_walk(differentiate_key, call, programs, key_tile, reach_of_a_key_head, d_key, d_value)
 
 
-def _launch_differentiate(kernel, call, programs, tile, reach, *gradients):
+def _launch_walk(kernel, call, programs, tile, reach, *gradients):
     """reach: how far apart, in elements, the kernel's loop addresses what it loads at most."""
     _, heads, length, head_dim = call.query.shape
-    _, key_heads, key_length, _ = call.key.shape
+    _, key_heads, key_length, value_dim = call.value.shape
     tensors = call.query, call.key, call.value, call.grad_out
     strides = [stride for tensor in (*tensors, *gradients) for stride in tensor.stride()[:3]]
     vector = triton_launch.vector_length(call.query.element_size(), *strides)
     factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
     kernel[(programs,)](
-        *tensors, call.statistics, *gradients, call.statistics.shape[1], length, key_length, key_heads,
+        *tensors, call.statistics, call.terms, call.bounds, *gradients,
+        call.statistics.shape[1], length, key_length, key_heads,
         call.left or 0, call.right or 0, factor, call.softcap, call.scale, *(stride // vector for stride in strides),
         OFFSET=tl.int32 if reach < 2**31 else tl.int64,
         HAS_LEFT=call.left is not None, HAS_RIGHT=call.right is not None, EXACT=call.query.dtype is torch.float32,
-        GROUP=heads // key_heads, HEAD_DIM=head_dim, VECTOR=vector,
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=triton_tiles.padded(head_dim),
+        GROUP=heads // key_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, VECTOR=vector,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+        BLOCK_D=triton_tiles.padded(head_dim), BLOCK_V=triton_tiles.padded(value_dim),
+        num_warps=tile.warps, num_stages=tile.stages, **triton_launch.OPTIONS,
+    )  # fmt: skip
+
+
+def _launch_differentiate_bias(call, d_bias):
+    batch, heads, length, head_dim = call.query.shape
+    _, key_heads, key_length, value_dim = call.value.shape
+    tensors = call.query, call.key, call.value, call.grad_out
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    vector = triton_launch.vector_length(call.query.element_size(), *strides)
+    factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
+    architecture = triton_launch.describe(call.query.device).architecture
+    tile = triton_tiles.bias_gradient_tile(max(head_dim, value_dim), call.query.element_size(), architecture)
+    bias_batches, bias_heads, bias_rows, _ = d_bias.shape
+    # A bias of one row for all positions, or for the only one, is summed over positions.
+    row_tiles = triton.cdiv(bias_rows, tile.rows)
+    programs = bias_batches * bias_heads * row_tiles * triton.cdiv(key_length, tile.keys)
+    differentiate_bias[(programs,)](
+        *tensors, call.statistics, call.terms, call.bounds, d_bias,
+        call.statistics.shape[1], length, key_length, key_heads, call.left or 0, call.right or 0, factor, call.softcap,
+        *(stride // vector for stride in strides), batch, bias_batches, bias_heads,
+        HAS_LEFT=call.left is not None, HAS_RIGHT=call.right is not None, EXACT=call.query.dtype is torch.float32,
+        KEEPS_ROWS=bias_rows > 1, GROUP=heads // key_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, VECTOR=vector,
+        BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+        BLOCK_D=triton_tiles.padded(head_dim), BLOCK_V=triton_tiles.padded(value_dim),
         num_warps=tile.warps, num_stages=tile.stages, **triton_launch.OPTIONS,
     )  # fmt: skip

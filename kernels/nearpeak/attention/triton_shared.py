@@ -47,3 +47,15 @@ def addresses(
     index = (row // GROUP).to(tl.int64)
     start = pointer + batch.to(tl.int64) * batch_stride * VECTOR
     return (start + head * head_stride * VECTOR + index * step * VECTOR)[:, None]
+
+
+@triton.jit
+def shifted(pointer, rows, step, VECTOR: tl.constexpr):
+    return pointer + tl.cast(rows, tl.int64) * step * VECTOR
+
+
+@triton.jit
+def block_of(pointer, batch, head, row, batch_stride, head_stride, step, VECTOR: tl.constexpr):
+    """Where a row of one head begins, or each of several."""
+    start = pointer + batch.to(tl.int64) * batch_stride * VECTOR + head.to(tl.int64) * head_stride * VECTOR
+    return shifted(start, row, step, VECTOR)

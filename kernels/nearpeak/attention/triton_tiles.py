@@ -47,8 +47,26 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def tile_sizes(rows: int, head_dim: int, itemsize: int, architecture: int | str, windowed: bool) -> Tile:
+def _smaller(tile: Tile, crowding: int, itemsize: int, architecture: int | str) -> Tile:
+    """Beside a mask or bias, whose addresses and elements take registers: see triton_terms.crowding."""
+    if crowding == 0:
+        return tile
+    if crowding == 1 and itemsize == 2:
+        return tile._replace(keys=max(16, tile.keys // 2))
+    from_shared_memory = isinstance(architecture, int) and 90 <= architecture < 120
+    keys = tile.keys // (2 if crowding == 1 or from_shared_memory else 4)
+    return tile._replace(rows=max(16, tile.rows // 2), keys=max(16, keys), stages=min(2, tile.stages))
+
+
+def tile_sizes(
+    rows: int, head_dim: int, itemsize: int, architecture: int | str, windowed: bool, crowding: int = 0
+) -> Tile:
     """What one program takes at once of `rows` (query position, head) pairs."""
+    tile = _tile_sizes(rows, head_dim, itemsize, architecture, windowed)
+    return _smaller(tile, crowding, itemsize, architecture)
+
+
+def _tile_sizes(rows, head_dim, itemsize, architecture, windowed):
     width = max(64, padded(head_dim))
     if rows <= FEW_ROWS:
         return FEW[itemsize][width]
@@ -109,9 +127,24 @@ BACKWARD_AMD = {
 }
 PREPARE_ROWS, PREPARE_WARPS = 16, 1  # of the kernel before them, which only waits for memory
 
+# Of the kernel of the bias's gradient, which keeps no sum as wide as head_dim.
+BIAS_GRADIENT = {
+    2: {64: Tile(32, 64, 8, 1), 128: Tile(32, 64, 8, 1), 256: Tile(32, 32, 8, 1)},
+    4: {64: Tile(32, 32, 8, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+BIAS_GRADIENT_AMD = {
+    2: {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    4: {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
 
-def backward_tiles(head_dim: int, itemsize: int, architecture: int | str) -> tuple[Tile, Tile]:
+
+def backward_tiles(head_dim: int, itemsize: int, architecture: int | str, crowding: int = 0) -> tuple[Tile, Tile]:
     """What one program takes at once: of the kernel that makes dQ, and of the one that makes dK and dV."""
+    query_tile, key_tile = _backward_tiles(head_dim, itemsize, architecture)
+    return _smaller(query_tile, crowding, itemsize, architecture), _smaller(key_tile, crowding, itemsize, architecture)
+
+
+def _backward_tiles(head_dim, itemsize, architecture):
     width = max(64, padded(head_dim))
     if isinstance(architecture, str):
         table = BACKWARD_AMD
@@ -120,6 +153,11 @@ def backward_tiles(head_dim: int, itemsize: int, architecture: int | str) -> tup
     else:
         table = BACKWARD_THROUGH_REGISTERS
     return table[itemsize][width]
+
+
+def bias_gradient_tile(head_dim: int, itemsize: int, architecture: int | str) -> Tile:
+    table = BIAS_GRADIENT_AMD if isinstance(architecture, str) else BIAS_GRADIENT
+    return table[itemsize][max(64, padded(head_dim))]
 
 
 MOST_SPLITS = 64
