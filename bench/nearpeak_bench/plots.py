@@ -111,7 +111,7 @@ def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
         axes = figure.add_axes((0.13, 0.14, 0.84, 0.74))
         for name, rate in _slopes(peaks):
             axes.plot([left, highest / rate], [left * rate, highest], color=INK, linewidth=0.8, linestyle="--")
-            axes.text(left * 1.15, left * rate * 1.35, f"{name} {rate:.0f} GB/s", fontsize=7, va="bottom")
+            axes.text(left * 1.15, left * rate * 1.8, f"{name} {rate:.0f} GB/s", fontsize=7, va="bottom")
         for number, dtype in enumerate(dtypes):
             colour, roof = COLOURS[number % len(COLOURS)], peaks.multiply_add[dtype] / 1e9
             axes.hlines(roof, left, right, color=colour, linewidth=1)
