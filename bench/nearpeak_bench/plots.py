@@ -7,6 +7,7 @@ import matplotlib.patches
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
+from .peaks import Peaks
 from .results import Measurement, Row
 from .table import SHORT_DTYPES
 
@@ -14,10 +15,14 @@ from .table import SHORT_DTYPES
 WIDTH_INCHES = 5.2
 COLOURS = ["#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280"]
 LIMIT_COLOURS = {"memory": "#2c7a7b", "compute": "#975a16"}
+MARKERS = "os^D"
 BAR_INCHES = 0.13
 LABEL_INCHES = 0.23
 MARGIN_INCHES = 0.75
-STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.right": False,
+# What is drawn in it takes the page's text colour, in light and in dark.
+INK = "#123456"
+STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.right": False,
          "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
 
 
@@ -34,7 +39,7 @@ def _svg(figure: Figure) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
 def _axes(rows: int, bars: int):
@@ -62,7 +67,7 @@ def speedup_chart(pairs: list[tuple[Row, Measurement]]) -> str:
             for name, ratio in candidate.ratios.items():
                 y = index * slot + LABEL_INCHES + (names.index(name) + 0.5) * BAR_INCHES
                 axes.barh(y, ratio.value - 1, BAR_INCHES * 0.8, left=1, color=COLOURS[names.index(name) % len(COLOURS)])
-                axes.hlines(y, ratio.lower, ratio.upper, color="#1a202c", linewidth=1)
+                axes.hlines(y, ratio.lower, ratio.upper, color=INK, linewidth=1)
         axes.set_xscale("log")
         ratios = [ratio for _, candidate in pairs for ratio in candidate.ratios.values()]
         axes.set_xlim(min(0.8, *(r.lower for r in ratios)) / 1.1, max(1.25, *(r.upper for r in ratios)) * 1.1)
@@ -91,3 +96,43 @@ def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8,
                     handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
         return _svg(figure)
+
+
+def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
+    """Rate over arithmetic intensity, under the roofs measured in the run: one flat roof per dtype, slopes for memory
+    and for the fastest cache. A point on its roof cannot be improved."""
+    dtypes = list(dict.fromkeys(row.dtype for row, _ in pairs))
+    points = [(row, row.flops / row.bytes, row.flops / candidate.spread.median / 1e9) for row, candidate in pairs]
+    left = min(0.1, *(x for _, x, _ in points)) / 2
+    right = max(1000.0, *(x for _, x, _ in points)) * 2
+    highest = max(peaks.multiply_add[dtype] for dtype in dtypes) / 1e9
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": True}):
+        figure = Figure(figsize=(WIDTH_INCHES, 3.6))
+        axes = figure.add_axes((0.13, 0.14, 0.84, 0.74))
+        for name, rate in _slopes(peaks):
+            axes.plot([left, highest / rate], [left * rate, highest], color=INK, linewidth=0.8, linestyle="--")
+            axes.text(left * 1.15, left * rate * 1.8, f"{name} {rate:.0f} GB/s", fontsize=7, va="bottom")
+        for number, dtype in enumerate(dtypes):
+            colour, roof = COLOURS[number % len(COLOURS)], peaks.multiply_add[dtype] / 1e9
+            axes.hlines(roof, left, right, color=colour, linewidth=1)
+            mine = [(x, y) for row, x, y in points if row.dtype == dtype]
+            label = f"{SHORT_DTYPES.get(dtype, dtype)}, roof {roof:.0f} GFLOP/s"
+            axes.plot(*zip(*mine, strict=True), linestyle="", marker=MARKERS[number % len(MARKERS)], markersize=5,
+                      color=colour, alpha=0.8, label=label)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(left, right)
+        axes.set_ylim(min(y for _, _, y in points) / 2, highest * 2)
+        axes.set_xlabel("operations per byte")
+        axes.set_ylabel("GFLOP/s")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, handlelength=1,
+                    columnspacing=1, borderpad=0)  # fmt: skip
+        return _svg(figure)
+
+
+def _slopes(peaks: Peaks) -> list[tuple[str, float]]:
+    """GB/s of the largest footprint and of the fastest one, by what they are called."""
+    fastest = max(peaks.read.values())
+    memory = peaks.read[max(peaks.read)]
+    found = [("memory", memory / 1e9)]
+    return found if fastest < 1.2 * memory else [*found, ("cache", fastest / 1e9)]

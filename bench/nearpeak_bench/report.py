@@ -2,12 +2,15 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jinja2
 
 from . import plots, table
 from .results import Results
 
+FIGURE = re.compile(r"~?(\d+(?:\.\d+)?(?:e[+-]?\d+)?) ?(s|ms|µs|MiB|GiB|x|%)?(?: \(|$)")
+UNITS = {"ms": 1e-3, "µs": 1e-6, "MiB": 2.0**20, "GiB": 2.0**30}
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
 
@@ -20,7 +23,7 @@ class Chart:
 
 
 def _charts(results: Results) -> dict[str, list[Chart]]:
-    """By suite, two charts for each operator."""
+    """By suite, three charts for each operator."""
     charts: dict[str, list[Chart]] = {}
     by_operator: dict[tuple[str, str], list] = {}
     for row in results.rows:
@@ -33,6 +36,10 @@ def _charts(results: Results) -> dict[str, list[Chart]]:
             found.append(Chart(description, plots.speedup_chart(timed)))
         if bounded := [pair for pair in pairs if pair[1].share is not None]:
             found.append(Chart(f"{operator}: share of the physical limit", plots.limit_chart(bounded)))
+        counted = [pair for pair in pairs if pair[1].spread and pair[0].flops and pair[0].bytes]
+        if counted and results.peaks:
+            description = f"{operator}: roofline, rate over operations per byte"
+            found.append(Chart(description, plots.roofline_chart(counted, results.peaks)))
     return charts
 
 
@@ -74,8 +81,17 @@ def tables_of(results: Results) -> list[table.Table]:
     return tables
 
 
+def sort_value(cell: str) -> str:
+    """What a column is sorted by: the cell's figure in its base unit, or its text."""
+    found = FIGURE.match(cell)
+    if not found:
+        return cell
+    return repr(float(found.group(1)) * UNITS.get(found.group(2), 1.0))
+
+
 def to_html(results: Results) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["sort_value"] = sort_value
     return environment.from_string(TEMPLATE.read_text()).render(
         results=results,
         facts=machine_facts(results),

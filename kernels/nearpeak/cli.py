@@ -50,6 +50,7 @@ def info() -> None:
     cli_bench.console().print(shown, highlight=False)
 
 
+main.command()(cli_bench.check)
 main.command()(cli_bench.bench)
 
 if __name__ == "__main__":

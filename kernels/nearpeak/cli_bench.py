@@ -1,4 +1,4 @@
-"""The command `nearpeak bench`: its options, and its way into the package `nearpeak_bench`."""
+"""The commands `nearpeak bench` and `nearpeak check`: their options, and their way into `nearpeak_bench`."""
 
 import importlib.util
 import os
@@ -146,6 +146,25 @@ def bench(
     _exit_with(command.run, command.Options.of(**given))
 
 
+def check(
+    pattern: Annotated[str, typer.Option("--filter", help="Only operators whose name contains this.")] = "",
+    isolate: Isolate = True,
+    time_limit: TimeLimit = 180.0,
+) -> None:
+    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in a minute.
+
+    The first thing to run on new hardware. Each operator runs on small odd shapes, forward and with its gradients, and
+    is held against its definition in float64; it may err as the plain PyTorch layer does, and no more. What crashes is
+    shown as such and costs its own cell only. The exit code is 0 if all is exact, 1 if not, 6 after a crash.
+
+    Example:  [cyan]nearpeak check --filter attention[/]
+    """
+    _require_modules()
+    from nearpeak_bench import check as checking
+
+    _exit_with(checking.run, pattern, isolate, time_limit)
+
+
 def console() -> rich.console.Console:
     """The terminal; where there is none, as in a log file, wide enough for every column of the tables."""
     found = rich.console.Console()
@@ -156,7 +175,7 @@ def console() -> rich.console.Console:
 
 def _require_modules() -> None:
     if any(importlib.util.find_spec(name) is None for name in MODULES):
-        raise _fail(r"nearpeak bench needs more packages: pip install nearpeak\[bench]")
+        raise _fail(r"this needs more packages: pip install nearpeak\[bench]")
 
 
 def _exit_with(run, *arguments) -> None:

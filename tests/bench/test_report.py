@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import rich.console
@@ -36,6 +38,35 @@ def test_markdown_table_has_one_cell_per_header(found):
 
 def test_page_is_self_contained_and_escaped(found):
     page = report.to_html(found)
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "a &lt;processor&gt;" in page
     assert not re.findall(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", page)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("1.25 ms (1.2-1.3)", "0.00125"), ("28.2x (22-32)", "28.2"), ("76%", "76.0"), ("9.1e-4 (9e-4)", "0.00091"),
+        ("2.0 MiB", "2097152.0"), ("~0", "0.0"), ("2048x4096", "2048x4096"), ("", ""),
+    ],
+)  # fmt: skip
+def test_cells_are_sorted_by_their_figures(cell, value):
+    assert report.sort_value(cell) == value
+
+
+PRESS = """<script>
+document.querySelectorAll("table")[1].querySelectorAll("th button")[4].click();
+document.getElementById("filter").value = "nothing like it";
+document.getElementById("filter").dispatchEvent(new Event("input"));
+</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_page_sorts_and_filters_in_a_browser(found, tmp_path):
+    (tmp_path / "page.html").write_text(report.to_html(found).replace("</body>", PRESS))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", str(tmp_path / "page.html")]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    assert shown.count('aria-sort="ascending"') == 1
+    rows = re.findall(r"<tr[^>]*>(?=<td)", shown)
+    assert len(rows) == 3
+    assert all("hidden" in row for row in rows)
