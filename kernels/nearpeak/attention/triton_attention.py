@@ -16,7 +16,7 @@ from .triton_forward import attend
 from .triton_merge import merge
 
 MAX_HEAD_DIM = 256
-TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends")
+TERMS = ("mask", "bias", "alibi_slopes", "sinks", "query_starts", "key_starts", "key_ends", "dropout_seed")
 SMALLEST_FACTOR = 1e-30  # stands for a scale of 0, which would make NaN of a masked score's -inf
 
 
