@@ -51,10 +51,11 @@ def _rotate(x, cos, sin, interleaved):
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None):
+def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None, factors=None):
     """softmax(query key^T scale) value in eager operators; mask is True where a query may look at a key.
 
     terms: tensors that are added to the scores. sinks: the score per head of one more key, without a value.
+    factors: by which dropout multiplies the weights.
     Returns out and lse. Rows without any key give zeros, which the eager layer would turn into NaN.
     """
     if key.shape[1]:
@@ -72,7 +73,10 @@ def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None):
     sees_a_key = mask.any(-1, keepdim=True)
     lse = torch.logsumexp(scores.to(lse_dtype(query.dtype)).masked_fill(~mask, float("-inf")), dim=-1)
     probabilities = torch.softmax(scores.masked_fill(~mask & sees_a_key, float("-inf")), dim=-1)
-    return (probabilities * sees_a_key).to(value.dtype) @ value, lse
+    weights = probabilities * sees_a_key
+    if factors is not None:
+        weights = weights * (factors if sinks is None else F.pad(factors, (0, 1)))
+    return weights.to(value.dtype) @ value, lse
 
 
 def fused_attention(query, key, value, mask, scale):

@@ -22,4 +22,4 @@ export LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=l
 echo "== running the kernels' tests"
 PYTHONPATH=$SITE "$PYTHON" -m pytest -p no:cacheprovider tests/test_norm.py tests/test_layer_norm.py \
     tests/test_rotary.py tests/test_feedforward.py tests/test_linear.py tests/test_attention.py \
-    tests/test_attention_backward.py tests/test_attention_terms.py tests/test_attention_sequences.py
+    tests/test_attention_backward.py tests/test_attention_terms.py tests/test_attention_sequences.py tests/test_attention_dropout.py

@@ -331,8 +331,8 @@ def packed(q=TOKENS, k=TOKENS, starts=STARTS, key_starts=STARTS, **options):
 
 
 BAD = {
-    "dropout": (ValueError, "dropout_p", batched(dropout_p=0.1)),
-    "dropout of sequences": (ValueError, "dropout_p", packed(dropout_p=0.1)),
+    "dropout of all": (ValueError, "dropout_p", batched(dropout_p=1.0)),
+    "dropout of all sequences": (ValueError, "dropout_p", packed(dropout_p=1.0)),
     "negative dropout": (ValueError, "dropout_p", batched(dropout_p=-0.1)),
     "window": (ValueError, "window_size", batched(window_size=3)),
     "integers": (TypeError, "q must", batched(Q.int())),
@@ -378,3 +378,18 @@ def test_bad_arguments_are_named(bad):
     error, message, call = BAD[bad]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_dropout_is_attentions():
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8)
+    torch.manual_seed(3)
+    out = flash_attn.flash_attn_func(q, k, k, dropout_p=0.5)
+    torch.manual_seed(3)
+    query, key = q.transpose(1, 2), k.transpose(1, 2)
+    expected = nearpeak.attention(query, key, key, dropout_p=0.5)
+    assert torch.equal(out, expected.transpose(1, 2))
+    assert not torch.equal(out, flash_attn.flash_attn_func(q, k, k))
+    torch.manual_seed(3)
+    tokens, starts = torch.randn(10, 4, 8), torch.tensor([0, 3, 10])
+    dropped = flash_attn.flash_attn_varlen_func(tokens, tokens, tokens, starts, starts, 7, 7, dropout_p=0.5)
+    assert not torch.equal(dropped, flash_attn.flash_attn_varlen_func(tokens, tokens, tokens, starts, starts, 7, 7))

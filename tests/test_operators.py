@@ -76,8 +76,10 @@ SAMPLES = {
         (*leaves(*attention_operands()), None, 0, 0.25, None),
         (*leaves(*attention_operands()), None, 0, 0.25, None, MASK, *leaves(BIAS), SLOPES, *leaves(randn(4, seed=7))),
         (*leaves(*attention_operands(1)), 4, None, 1.0, 5.0),
+        (*leaves(*attention_operands()), None, 0, 0.25, None, *[None] * 7, torch.tensor(3), 0.5),
     ],
     "attention_inference": [(*(t.bfloat16() for t in attention_operands()), None, None, 0.25, None)],
+    "dropout_mask": [(torch.tensor(3), 0.5, [2, 4, 9, 33], [0, 5, 7])],
     "activation": [(*leaves(X.clone()), kind) for kind in range(6)],
     "activation_inference": [(X.bfloat16(), 4)],
     "activation_backward": [(X, X[0].expand_as(X), 1)],
@@ -94,7 +96,8 @@ SAMPLES = {
     "linear_weight_gradient": [(randn(2, 4, 5), X), (randn(4, 2, 5).transpose(0, 1), X)],
     "attention_backward": [
         (*attention_and_gradients(), 4, 0, 0.25, None),
-        (*attention_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 4, True),
+        (*attention_and_gradients(), 4, 0, 0.25, None, *[None] * 7, torch.tensor(3), 0.5),
+        (*attention_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, True),
     ],
 }
 

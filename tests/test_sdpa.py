@@ -153,12 +153,22 @@ def test_calls_that_torch_serves_are_torchs(serving, call):
     assert torch.equal(nearpeak.scaled_dot_product_attention(*args, **options), expected)
 
 
-def test_dropout_is_torchs():
+def test_dropout_is_that_of_attention(serving):
     torch.manual_seed(5)
-    expected = F.scaled_dot_product_attention(Q, K, K, dropout_p=0.5)
+    expected = nearpeak.attention(Q, K, K, dropout_p=0.5)
     torch.manual_seed(5)
     assert torch.equal(nearpeak.scaled_dot_product_attention(Q, K, K, dropout_p=0.5), expected)
-    assert not torch.equal(expected, F.scaled_dot_product_attention(Q, K, K))
+
+
+@pytest.mark.parametrize("p", [-0.5, 1.0, 1.5])
+def test_a_dropout_beyond_its_range_is_what_torch_makes_of_it(serving, p):
+    try:
+        expected = F.scaled_dot_product_attention(Q, K, K, dropout_p=p)
+    except ERRORS:
+        with pytest.raises(ERRORS):
+            nearpeak.scaled_dot_product_attention(Q, K, K, dropout_p=p)
+    else:
+        torch.testing.assert_close(nearpeak.scaled_dot_product_attention(Q, K, K, dropout_p=p), expected)
 
 
 REFUSED = {

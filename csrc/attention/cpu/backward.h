@@ -3,6 +3,8 @@
 //     dP = dOut V^T      dScore = P (dP - delta + dLse)
 //     dV = P^T dOut      dQ = scale dScore K      dK = scale dScore^T Q
 //
+// With dropout, dP is multiplied by what P was, and dV is of P so multiplied.
+//
 // A task holds a block of keys and walks the blocks of rows that see it. Keys lie across the lanes:
 //
 //     scores   = Q K^T             d_scores  = dOut V^T      (rows x keys)    right: K^T and V^T, transposed per task
@@ -17,6 +19,7 @@
 
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "dropout.h"
 #include "mask.h"
 #include "panel.h"
 #include "score_terms.h"
@@ -170,9 +173,13 @@ class BackwardBlock {
             float* const gradients = d_scores + row * kScoreStride;
             RowStatistics of_row = statistics[row];
             const KeyRange seen = keys_seen_by(row, row + 1);
-            float slopes[kBlockKeys];
+            float slopes[kBlockKeys], kept[kBlockKeys];
             if (p.softcap > 0) cap(weights, slopes);
             if (p.has_terms()) add_terms(p, task, first_row + row, task.key_begin, task.key_end, weights);
+            if (p.drops()) {
+                dropout_factors(p, task, first_row + row, task.key_begin, task.key_begin + kBlockKeys, kept);
+                multiply(gradients, kept);
+            }
             if (std::is_same_v<T, float> && task.sequence.key_length <= (p.eager_elsewhere() ? kBlockKeys : kFewKeys)) {
                 of_row.delta = delta_of(weights, gradients, of_row, seen);
             }
@@ -181,6 +188,7 @@ class BackwardBlock {
             } else {
                 differentiate_row<true>(weights, gradients, of_row, seen);
             }
+            if (p.drops()) multiply(weights, kept);
             if (bias_sums) {
                 add(gradients, kBlockKeys, bias_sums + (first_row + row) % p.group() * kBlockKeys);
             } else if (p.d_bias) {
@@ -225,8 +233,8 @@ class BackwardBlock {
         }
     }
 
-    static void multiply(float* gradients, const float* slopes) {
-        for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(gradients + k, load(gradients + k) * load(slopes + k));
+    static void multiply(float* row, const float* factors) {
+        for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(row + k, load(row + k) * load(factors + k));
     }
 
     float* bias_gradient(int64_t row) const {

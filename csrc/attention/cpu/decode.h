@@ -16,6 +16,7 @@
 
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "dropout.h"
 #include "kernels.h"
 #include "mask.h"
 #include "rows.h"
@@ -187,7 +188,18 @@ class Decode {
             store(scores + i, weight);
         }
         total[row / kRowsTogether] = total[row / kRowsTogether] * decay + sums;
+        if (p.drops()) drop_weights<kRows>(row, begin, end);
         add_values<kRows>(row, begin, end, decay);
+    }
+
+    template <int kRows>
+    void drop_weights(int64_t row, int64_t begin, int64_t end) const {
+        const LaneKeys keys(p, task, [&](int lane) { return task.row_begin + std::min(row + lane % kRows, rows - 1); });
+        Unsigned columns = bitcast<Unsigned>(lane_numbers()) / kRows + column_of(task, begin);
+        for (int64_t i = 0; i < (end - begin) * kRows; i += kLanes, columns += kLanes / kRows) {
+            const Int kept = is_kept(p, keys.first, keys.second, columns);
+            store(memory.scores + i, select(kept, load(memory.scores + i), Float{}));
+        }
     }
 
     // As the scores lie: key by key, all rows of a key.
@@ -305,7 +317,7 @@ class Decode {
             return;
         }
         const Softmax softmax = with_sink(p, task, task.row_begin + row, row_maximum, row_total);
-        const float inverse = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
+        const float inverse = out_factor(p, softmax);
         T* to = out_row<T>(p, task, task.row_begin + row);
         for_each_two<T>(p.value_dim, [&](int64_t d, auto lanes, int) {
             store(to + d, load(out + d, kept(lanes)) * inverse, lanes);
@@ -325,7 +337,7 @@ void merge_rows(const Forward& p, const Task& task, const float* partials, int64
         const auto factor = [&](int64_t part) { return exp2(broadcast(first[part * partial_stride] - finite))[0]; };
         for (int64_t part = 0; part < count; ++part) total += first[part * partial_stride + 1] * factor(part);
         const Softmax softmax = with_sink(p, task, row, maximum, total);
-        const float inverse = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
+        const float inverse = out_factor(p, softmax);
         T* to = out_row<T>(p, task, row);
         for_each_vector(p.value_dim, [&](int64_t d, auto lanes, int) {
             Float sums = {};

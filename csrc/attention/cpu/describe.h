@@ -25,6 +25,8 @@ struct Options {
     std::optional<int64_t> window_left, window_right;
     double scale;
     std::optional<double> softcap;
+    OptionalTensor dropout_seed;
+    double dropout_p;
 };
 
 // Where the sequences of a batch begin and end: see `sequences_of`.
@@ -36,6 +38,22 @@ struct Bounds {
 
 inline Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
+// A seed of one int64 wherever weights are to be dropped.
+inline bool drops_rightly(const Options& options) {
+    const OptionalTensor& seed = options.dropout_seed;
+    if (!(options.dropout_p >= 0.0 && options.dropout_p < 1.0)) return false;
+    return seed ? seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long
+                : options.dropout_p == 0.0;
+}
+
+inline Dropout dropout_of(const Options& options) {
+    if (options.dropout_p == 0.0) return {0, 0, 1.0f};
+    const int64_t seed = *static_cast<const int64_t*>(options.dropout_seed->const_data_ptr());
+    const double threshold = std::min(std::nearbyint(options.dropout_p * 0x1p32), 0x1p32 - 1);
+    return {mixed(static_cast<uint64_t>(seed)), static_cast<uint32_t>(threshold),
+            static_cast<float>(1.0 / (1.0 - options.dropout_p))};
+}
+
 inline bool serves(int64_t head_dim) { return head_dim >= 1 && head_dim <= kMaxHeadDim; }
 
 inline bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
@@ -46,7 +64,8 @@ inline bool fits(const Tensor& query, const Tensor& key, const Tensor& value, co
     const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
     return std::equal(v.begin(), v.begin() + 3, k.begin()) && k[0] == q[0] && k[3] == q[3] && serves(q[3]) &&
            serves(v[3]) && (k[1] == 0 ? q[1] == 0 : q[1] % k[1] == 0) && dense_last(query) && dense_last(key) &&
-           dense_last(value) && (!options.softcap || (*options.softcap > 0 && std::isfinite(*options.softcap)));
+           dense_last(value) && drops_rightly(options) &&
+           (!options.softcap || (*options.softcap > 0 && std::isfinite(*options.softcap)));
 }
 
 // Of (batch, heads, query length, key length), each size but the last may be 1.
@@ -164,6 +183,7 @@ inline void describe(Call& p, const Tensor& query, const Tensor& key, const Tens
     p.window_left = options.window_left ? std::clamp(*options.window_left, -kOpen, kOpen) : kOpen;
     p.window_right = options.window_right ? std::clamp(*options.window_right, -kOpen, kOpen) : kOpen;
     p.dtype = dtype_of(query);
+    p.dropout = dropout_of(options);
     if (terms.mask) p.mask = {terms.mask->const_data_ptr(), broadcast_strides(*terms.mask), Dtype{}};
     if (terms.bias) p.bias = {terms.bias->const_data_ptr(), broadcast_strides(*terms.bias), dtype_of(*terms.bias)};
     if (terms.alibi_slopes) {

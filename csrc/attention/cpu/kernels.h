@@ -28,6 +28,20 @@ struct Sequence {
     int64_t padded_begin;  // of a key head's rows, in what backward keeps of every row
 };
 
+// splitmix64's, by which dropout.h makes numbers that look random of numbers in order.
+inline uint64_t mixed(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+// A weight is kept where its hash is at least `threshold`, and then multiplied by `scale`.
+struct Dropout {
+    uint64_t mixed_seed;
+    uint32_t threshold;  // 0 keeps all
+    float scale;         // 1 without dropout
+};
+
 // What both directions need.
 struct Call {
     const void* query;
@@ -47,11 +61,13 @@ struct Call {
     const float* alibi_slopes;  // (batch or 1, heads), or null
     int64_t alibi_batch_stride;
     const float* sinks;  // (heads), or null
+    Dropout dropout;
 
     bool has_terms() const { return bias.data || mask.data || alibi_slopes; }
+    bool drops() const { return dropout.threshold > 0; }
     // Whether eager operators alone do such a call in PyTorch, forward and backward: then gradients are held against
     // exact softmax, where else against its fused backward's too.
-    bool eager_elsewhere() const { return softcap > 0 || has_terms() || sinks || value_dim != head_dim; }
+    bool eager_elsewhere() const { return softcap > 0 || has_terms() || sinks || drops() || value_dim != head_dim; }
 
     // Rows are the (position, head) pairs that share one key head, heads of a position next to each other: so that
     // grouped heads share what is loaded, and a run of rows spans few positions under a causal mask.

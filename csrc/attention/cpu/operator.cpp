@@ -108,9 +108,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                      std::optional<int64_t> window_left, std::optional<int64_t> window_right,
                                      double scale, std::optional<double> softcap, OptionalTensor mask,
                                      OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                     OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends) {
+                                     OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
+                                     OptionalTensor dropout_seed, double dropout_p) {
     Terms terms{std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)};
-    const Options options{window_left, window_right, scale, softcap};
+    const Options options{window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p};
     require(fits(query, key, value, options) && fit(terms, query, key), "attention");
     make_readable(terms);
     const auto sequences =
@@ -221,9 +222,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& value, const Tensor& any_out, const Tensor& any_lse, std::optional<int64_t> window_left,
     std::optional<int64_t> window_right, double scale, std::optional<double> softcap, OptionalTensor mask,
     OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor query_starts,
-    OptionalTensor key_starts, OptionalTensor key_ends, bool bias_gradient) {
+    OptionalTensor key_starts, OptionalTensor key_ends, OptionalTensor dropout_seed, double dropout_p,
+    bool bias_gradient) {
     Terms terms{std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)};
-    const Options options{window_left, window_right, scale, softcap};
+    const Options options{window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p};
     require(fits(query, key, value, options) && fit(terms, query, key) && is_out_of(any_grad_out, query, value) &&
                 is_out_of(any_out, query, value) && is_lse_of(any_lse, query) &&
                 (!any_grad_lse || is_lse_of(*any_grad_lse, query)) && (!bias_gradient || terms.bias),

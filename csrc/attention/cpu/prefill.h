@@ -12,6 +12,7 @@
 
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "dropout.h"
 #include "mask.h"
 #include "panel.h"
 #include "score_terms.h"
@@ -86,6 +87,7 @@ class Prefill {
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);
         Float decay[kPanelVectors];
         softmax(panel, end - begin, decay);
+        if (p.drops()) drop_weights(rows, begin, end);
         products.add_values(begin, end, scores, decay, out_panel(panel));
     }
 
@@ -167,6 +169,18 @@ class Prefill {
         }
     }
 
+    void drop_weights(PanelRows rows, int64_t begin, int64_t end) {
+        for (int half = 0; half < kPanelVectors; ++half) {
+            const LaneKeys keys(p, task, [&](int lane) { return rows.begin + half * kLanes + lane; });
+            uint32_t column = column_of(task, begin);
+            for (int64_t k = 0; k < end - begin; ++k, ++column) {
+                float* at = scores + k * kPanel + half * kLanes;
+                const Int kept = is_kept(p, keys.first, keys.second, Unsigned{} + column);
+                store(at, select(kept, load(at), Float{}));
+            }
+        }
+    }
+
     void finish_panel(int64_t panel) {
         const PanelRows panel_rows(task, panel);
         for (int half = 0; half < kPanelVectors; ++half) {
@@ -176,7 +190,7 @@ class Prefill {
             Float inverse = {};
             for (int64_t r = 0; r < rows; ++r) {
                 const Softmax softmax = softmax_of(row + r);
-                inverse[r] = softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total;
+                inverse[r] = out_factor(p, softmax);
                 write_lse(p, task, row + r, softmax.maximum, softmax.total);
             }
             const float* from = out_panel(panel) + half * kLanes;

@@ -81,4 +81,9 @@ inline Softmax with_sink(const Call& p, const Task& task, int64_t row, float max
     return {now, total * decay + std::exp2(sink - now), decay};
 }
 
+// What a row's output, summed with the weights 2^(score - maximum), is multiplied by at last.
+inline float out_factor(const Call& p, const Softmax& softmax) {
+    return softmax.total == 0.0f ? 0.0f : softmax.decay / softmax.total * p.dropout.scale;
+}
+
 }  // namespace nearpeak::attention::NEARPEAK_ISA

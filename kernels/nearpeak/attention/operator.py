@@ -30,14 +30,14 @@ def _shapes(query, key, value, *options):
 def _backward_shapes(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
 ):  # fmt: skip
     d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
     return *(operators.empty_laid_out_like(t) for t in (query, key, value)), d_bias
 
 
 def _save_for_attention(ctx, inputs, output):
-    tensors, ctx.options, terms = inputs[:3], inputs[3:7], inputs[7:]
+    tensors, ctx.options, terms, ctx.dropout_p = inputs[:3], inputs[3:7], inputs[7:15], inputs[15]
     ctx.save_for_backward(*tensors, *output, *terms)
     ctx.set_materialize_grads(False)
 
@@ -51,10 +51,10 @@ def _attention_gradient(ctx, grad_out, grad_lse):
     of_bias = bias is not None and ctx.needs_input_grad[8]
     of_sinks = sinks is not None and ctx.needs_input_grad[10]
     *gradients, d_bias = torch.ops.nearpeak.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.options, *terms, of_bias
+        grad_out, grad_lse, query, key, value, out, lse, *ctx.options, *terms, ctx.dropout_p, of_bias
     )
     d_sinks = reference.sinks_gradient(grad_out, grad_lse, out, lse, sinks) if of_sinks else None
-    return *gradients, *[None] * 5, d_bias if of_bias else None, None, d_sinks, None, None, None
+    return *gradients, *[None] * 5, d_bias if of_bias else None, None, d_sinks, *[None] * 5
 
 
 def _check(
@@ -137,23 +137,38 @@ def _check_softcap(softcap):
         raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
 
 
+def _check_dropout(dropout_p, seed, device):
+    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
+        raise ValueError(f"dropout_p must be a number from 0 to less than 1, not {dropout_p!r}")
+    if seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        return
+    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64:
+        raise TypeError(f"dropout_seed must be an integer of 64 bits, or a tensor of int64 with one, not {seed!r}")
+    if seed.dim() != 0 or seed.device != device:
+        raise ValueError(f"dropout_seed must have no dimension and lie on {device}, not have shape {tuple(seed.shape)}")
+
+
 def _check_forward(
     query, key, value, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
+    dropout_seed=None, dropout_p=0.0,
 ):  # fmt: skip
     _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.shape[3] != key.shape[2]:
             raise ValueError(f"{name} must hold an element per key, {key.shape[2]}, not {tensor.shape[3]}")
     _check_softcap(softcap)
+    _check_dropout(dropout_p, dropout_seed, query.device)
+    if dropout_p > 0.0 and dropout_seed is None:
+        raise ValueError("dropout_seed must be given where dropout_p is")
 
 
 def _check_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
 ):  # fmt: skip
-    terms = mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends
+    terms = mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends, dropout_seed, dropout_p
     _check_forward(query, key, value, window_left, window_right, scale, softcap, *terms)
     if bias_gradient and bias is None:
         raise ValueError("bias must be given where its gradient is asked for")
@@ -169,7 +184,8 @@ def _check_backward(
 OPTIONS = (
     "SymInt? window_left, SymInt? window_right, float scale, float? softcap, "
     "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-    "Tensor? query_starts=None, Tensor? key_starts=None, Tensor? key_ends=None"
+    "Tensor? query_starts=None, Tensor? key_starts=None, Tensor? key_ends=None, "
+    "Tensor? dropout_seed=None, float dropout_p=0.0"
 )
 
 operators.define(
@@ -210,16 +226,23 @@ def of_all_keys(pairs, key):
     return pairs if pairs.shape[3] != 1 else pairs.expand(*pairs.shape[:3], key.shape[2])
 
 
+def _seed_tensor(seed, device):
+    """The seed given, or one drawn from torch's generator: a tensor, so that compiled graphs hold no number."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+    return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
 def attention(
     query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None,
-    mask=None, bias=None, alibi_slopes=None, sinks=None,
+    mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_p=0.0, dropout_seed=None,
     query_starts=None, key_starts=None, key_ends=None, return_lse=False,
 ):  # fmt: skip
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
 
         scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)
         scores = scores + bias - alibi_slope |p - k|, and -inf where a mask forbids
-        out    = exp(scores - lse) value,   lse = log(exp(sink) + sum(exp(scores)))
+        out    = drop(exp(scores - lse)) value,   lse = log(exp(sink) + sum(exp(scores)))
 
     Row i of query stands at position p = i + (key length - query length), so that the last query sees the last
     key, as a KV cache needs. A row that may look at no key gives zeros and lse = -inf (its sink, if there is one).
@@ -238,6 +261,12 @@ def attention(
         bias: added to the scores; broadcasts likewise. query's dtype, or float32. It gets a gradient.
         alibi_slopes: (heads,) or (batch, heads), the slope of each head; query's dtype, or float32. No gradient.
         sinks: (heads,), the score of one more key per head, whose value is zero. It gets a gradient.
+        dropout_p: the chance of a weight to be dropped, 0 <= dropout_p < 1 in steps of 2^-32; the others are multiplied
+            by 1 / (1 - dropout_p). lse is that of all weights.
+        dropout_seed: which weights: an integer of 64 bits, or an int64 tensor without dimensions on query's device;
+            None draws one from torch's generator of that device, for torch.manual_seed to set. Seed, head, batch entry,
+            row and column (of the tensors as they are given, packed or not) decide, and nothing else: the same weights
+            on every backend and machine.
         query_starts, key_starts: (sequences + 1,) int32 or int64, where each sequence of a packed batch begins, and
             where the last one ends: sequences of different lengths lie one behind the other, in a batch of 1, and
             none looks at another. Positions count within a sequence. query_starts begins with 0 and ends with the
@@ -257,12 +286,13 @@ def attention(
 
     Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; online softmax: Milakov and Gimelshein 2018,
     https://arxiv.org/abs/1805.02867; tiling: Dao 2023, https://arxiv.org/abs/2307.08691; ALiBi: Press et al. 2021,
-    https://arxiv.org/abs/2108.12409; sinks: Xiao et al. 2023, https://arxiv.org/abs/2309.17453.
+    https://arxiv.org/abs/2108.12409; sinks: Xiao et al. 2023, https://arxiv.org/abs/2309.17453; dropout: dropout.py.
 
     >>> query, key = torch.randn(1, 8, 10, 64), torch.randn(1, 2, 100, 64)
     >>> out, lse = nearpeak.attention(query, key, key, causal=True, window=(64, None), return_lse=True)
     >>> starts = torch.tensor([0, 30, 100])  # two sequences of 30 and 70 keys, of which 3 and 7 are queries
     >>> out = nearpeak.attention(query, key, key, query_starts=torch.tensor([0, 3, 10]), key_starts=starts)
+    >>> out = nearpeak.attention(query, key, key, dropout_p=0.1, dropout_seed=7)
     >>> padding = torch.arange(100) < torch.tensor([90])[:, None]  # (batch, key length), True for tokens
     >>> out = nearpeak.attention(query, key, key, mask=padding[:, None, None], bias=torch.randn(8, 10, 100))
     """
@@ -280,6 +310,9 @@ def attention(
             mask = of_all_keys(mask, key)
         if bias is not None:
             bias = of_all_keys(bias, key)
+        if dropout_p != 0.0 or dropout_seed is not None:
+            _check_dropout(dropout_p, dropout_seed, query.device)
+            dropout_seed = _seed_tensor(dropout_seed, query.device)
         if backends.reference_serves(query, kernels=backends.WITHOUT_CUDA):
             _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
             serve = reference.attention
@@ -289,7 +322,7 @@ def attention(
             serve = _attention_inference
         out, lse = serve(
             query, key, value, left, right, scale, softcap,
-            mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends,
+            mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends, dropout_seed, dropout_p,
         )  # fmt: skip
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError):
         _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)

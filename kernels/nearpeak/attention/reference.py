@@ -6,7 +6,7 @@
     scores = scores - slope |p - k|                 (with ALiBi: a slope per head, p and k the positions)
     scores = -inf where a mask forbids              (bottom-right causal, sliding window, boolean mask)
     lse    = log(exp(sink) + sum(exp(scores)))      (a learned sink per head; without, the sum alone)
-    out    = exp(scores - lse) value
+    out    = (exp(scores - lse) kept / (1 - p)) value    (with dropout: kept is 0 or 1; lse is without)
 
 Row i of query stands at position p = i + (key length - query length), so that the last query sees the last key;
 it may look at keys p - window_left .. p + window_right (causal: window_right = 0). A row that may look at no key
@@ -18,6 +18,7 @@ https://arxiv.org/abs/2108.12409; sinks: https://arxiv.org/abs/2309.17453.
 import torch
 
 from ..operators import empty_laid_out_like, widened, without_autocast
+from . import dropout
 
 
 def distances(query_length, key_length, device):
@@ -66,6 +67,14 @@ def _softmax(scores, sinks):
     no_key = (scores == float("-inf")).all(-1, keepdim=True)
     probabilities = torch.softmax(scores.masked_fill(no_key, 0.0), dim=-1).masked_fill(no_key, 0.0)
     return probabilities, torch.logsumexp(scores, dim=-1)
+
+
+def _dropped(weights, dropout_seed, dropout_p, first):
+    """The weights, (batch, key heads, group, query length, key length), that dropout keeps, scaled; zeros elsewhere."""
+    if dropout_p == 0.0:
+        return weights
+    kept = dropout.kept(dropout_seed, dropout_p, weights.flatten(1, 2).shape, first)
+    return weights.where(_grouped(kept, weights.shape[1]), 0.0) / (1.0 - dropout_p)
 
 
 def _grouped(tensor, key_heads):
@@ -139,11 +148,16 @@ def _terms_of(sequence, mask, bias, alibi_slopes, sinks):
     return _pairs(mask, *sequence), _pairs(bias, *sequence), alibi_slopes, sinks
 
 
-def _attention_of_sequences(parts, packed, query, key, value, options, terms):
+def _first(batch, queries, keys):
+    """Where a sequence begins: its batch entry, row and key."""
+    return batch, queries.start or 0, keys.start
+
+
+def _attention_of_sequences(parts, packed, query, key, value, options, terms, dropping):
     results = [
         attention(
             _rows(query, batch, queries), _rows(key, batch, keys), _rows(value, batch, keys),
-            *options, *_terms_of((batch, queries, keys), *terms),
+            *options, *_terms_of((batch, queries, keys), *terms), **dropping, first=_first(batch, queries, keys),
         )
         for batch, queries, keys in parts
     ]  # fmt: skip
@@ -154,22 +168,26 @@ def _attention_of_sequences(parts, packed, query, key, value, options, terms):
 def attention(
     query, key, value, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
+    dropout_seed=None, dropout_p=0.0, first=(0, 0, 0),
 ):  # fmt: skip
+    """first: the batch entry, row and key that dropout counts the first ones as."""
     parts = sequences(query, key, query_starts, key_starts, key_ends)
     if parts:
         options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
-        return _attention_of_sequences(parts, query_starts is not None, query, key, value, options, terms)
+        dropping = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
+        return _attention_of_sequences(parts, query_starts is not None, query, key, value, options, terms, dropping)
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
         scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
         probabilities, lse = _softmax(scores, sinks)
-        out = torch.einsum("bhgqk,bhgkd->bhgqd", probabilities, v).flatten(1, 2)
+        weights = _dropped(probabilities, dropout_seed, dropout_p, first)
+        out = torch.einsum("bhgqk,bhgkd->bhgqd", weights, v).flatten(1, 2)
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
 
 
-def _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradient):
+def _attention_backward_of_sequences(parts, tensors, options, terms, dropping, bias_gradient):
     grad_out, grad_lse, query, key, value, out, lse = tensors
     bias = terms[1]
     gradients = [torch.zeros_like(widened(tensor)) for tensor in (query, key, value)]
@@ -179,7 +197,8 @@ def _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradie
             *(_rows(tensor, batch, queries) for tensor in (grad_out, grad_lse, query)),
             *(_rows(tensor, batch, keys) for tensor in (key, value)),
             *(_rows(tensor, batch, queries) for tensor in (out, lse)),
-            *options, *_terms_of((batch, queries, keys), *terms), bias_gradient=bias_gradient,
+            *options, *_terms_of((batch, queries, keys), *terms), **dropping, bias_gradient=bias_gradient,
+            first=_first(batch, queries, keys),
         )  # fmt: skip
         for gradient, part, rows in zip(gradients, of_sequence, (queries, keys, keys), strict=True):
             _rows(gradient, batch, rows).add_(part)
@@ -192,12 +211,13 @@ def _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradie
 def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None,
+    dropout_seed=None, dropout_p=0.0, bias_gradient=False, first=(0, 0, 0),
 ):  # fmt: skip
     """Gradients of `attention`, recomputing the probabilities.
 
-        P   = exp(scores - lse)                            dV = P^T dOut
-        dP  = dOut V^T                                     dS = P (dP - rowsum(P dP) + dlse),  dbias = dS
+        P   = exp(scores - lse)                            dV = drop(P)^T dOut
+        dP  = drop(dOut V^T)                               dS = P (dP - rowsum(P dP) + dlse),  dbias = dS
         dS  = dS (1 - tanh(scores / softcap)^2)            dQ = scale dS K,  dK = scale dS^T Q
 
     `out` and `lse` are there for kernels, which never hold a whole row of P: rowsum(P dP) is rowsum(dOut out).
@@ -207,7 +227,8 @@ def attention_backward(
     if parts:
         options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
         tensors = grad_out, grad_lse, query, key, value, out, lse
-        return _attention_backward_of_sequences(parts, tensors, options, terms, bias_gradient)
+        dropping = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
+        return _attention_backward_of_sequences(parts, tensors, options, terms, dropping, bias_gradient)
     heads = key.shape[1]
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
@@ -217,8 +238,9 @@ def attention_backward(
         scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
         probabilities, _ = _softmax(scores, sinks)
         # Summed over queries first: see _shared.
-        d_value = torch.einsum("bhgqk,bhgqd->bhgkd", probabilities, d_out).sum(2)
-        d_scores = torch.einsum("bhgqd,bhgkd->bhgqk", d_out, v)
+        weights = _dropped(probabilities, dropout_seed, dropout_p, first)
+        d_value = torch.einsum("bhgqk,bhgqd->bhgkd", weights, d_out).sum(2)
+        d_scores = _dropped(torch.einsum("bhgqd,bhgkd->bhgqk", d_out, v), dropout_seed, dropout_p, first)
         d_scores = d_scores - (probabilities * d_scores).sum(-1, keepdim=True)
         if grad_lse is not None:
             d_scores = d_scores + _grouped(grad_lse, heads)[..., None]

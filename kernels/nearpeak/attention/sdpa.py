@@ -12,8 +12,10 @@ def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         return "attn_mask is neither boolean nor of query's dtype"
-    if dropout_p > 0.0:
-        return "dropout_p > 0, which the kernels do not apply yet"
+    if dropout_p >= 1.0:
+        return "dropout_p is not less than 1"
+    if dropout_p > 0.0 and query.device.type != "cpu":
+        return "dropout_p > 0, which only the kernels for the CPU apply yet"
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(shape) == len(key_shape) == len(value_shape) == 4:
         return "query, key and value are not all four-dimensional"
@@ -36,8 +38,9 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`: its signature, and its meaning to the letter.
 
     `is_causal` aligns to the top left: query i sees keys 0..i. A boolean `attn_mask` is True where a query may look
-    at a key; one of query's dtype is added to the scores, and gets a gradient. Calls with dropout or in shapes that
-    the kernels do not serve go to PyTorch's own function, and `nearpeak.explain` says so.
+    at a key; one of query's dtype is added to the scores, and gets a gradient. Calls in shapes that the
+    kernels do not serve, and with dropout on a GPU, go to PyTorch's own function, and `nearpeak.explain` says so.
+    Dropout takes its seed from torch's generator, and drops other weights than PyTorch's.
 
     >>> query = torch.randn(1, 8, 10, 64)
     >>> out = nearpeak.scaled_dot_product_attention(query, query, query, is_causal=True)
@@ -60,4 +63,5 @@ def scaled_dot_product_attention(
     # Top-left alignment in attention's bottom-right terms: query i sees keys up to i.
     window = (None, query.shape[2] - key.shape[2]) if is_causal else OPEN
     mask, bias = mask_and_bias(attn_mask)
-    return attention(query, key, value, window=window, scale=scale, mask=mask, bias=bias)
+    dropout_p = max(0.0, dropout_p)
+    return attention(query, key, value, window=window, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p)

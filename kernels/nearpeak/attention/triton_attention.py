@@ -32,21 +32,25 @@ class _Plan(NamedTuple):
     splits: int  # programs that share the keys of one tile
 
 
-def _plain_serves(query, value) -> bool:
+def _plain_serves(query, value, dropout_seed) -> bool:
     """Whether a call goes to the reference; `explain` hears why."""
-    if max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
+    if dropout_seed is not None:
+        backends.because("dropout has no Triton kernel yet: plain PyTorch serves it")
+    elif max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
+    else:
         return False
-    backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
     return True
 
 
 def attention(
     query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
 ):  # fmt: skip
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value):
-        return reference.attention(query, key, value, window_left, window_right, scale, softcap, *terms, *starts)
+    if _plain_serves(query, value, dropout_seed):
+        options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
+        return reference.attention(query, key, value, *options)
     bounds = triton_sequences.bounds(query, *starts)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -143,15 +147,13 @@ class _BackwardCall(NamedTuple):
 def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
 ):  # fmt: skip
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value) or _plain_differentiates(*starts):
-        tensors, options = (
-            (grad_out, grad_lse, query, key, value, out, lse),
-            (window_left, window_right, scale, softcap),
-        )
-        return reference.attention_backward(*tensors, *options, *terms, *starts, bias_gradient)
+    if _plain_serves(query, value, dropout_seed) or _plain_differentiates(*starts):
+        tensors = grad_out, grad_lse, query, key, value, out, lse
+        options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
+        return reference.attention_backward(*tensors, *options, bias_gradient)
     bounds = triton_sequences.bounds(query, *starts)
     gradients = tuple(operators.empty_laid_out_like(tensor) for tensor in (query, key, value))
     d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)

@@ -6,11 +6,8 @@ from ...checks import check_floating, check_same_kind
 
 
 def check_dropout(dropout_p):
-    """The one place that says whether dropout is served."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and less than 1, not {dropout_p!r}")
-    if dropout_p > 0.0:
-        raise ValueError(f"dropout_p must be 0, not {dropout_p!r}: nearpeak's attention has no dropout yet")
 
 
 def options_of(softmax_scale, causal, window_size, softcap, alibi_slopes):

@@ -30,7 +30,7 @@ def flash_attn_func(
     Args:
         q: (batch, query length, heads, head_dim), float32, bfloat16, float16 or float64.
         k, v: (batch, key length, key heads, head_dim), q's dtype; key heads must divide heads.
-        dropout_p: must be 0.
+        dropout_p: the chance of a weight to be dropped; which, torch's generator decides (see `nearpeak.attention`).
         softmax_scale: None means 1 / sqrt(head_dim).
         causal: only keys at positions <= p, whatever the window's right side is.
         window_size: (left, right), only keys at p - left .. p + right; -1 leaves a side open.
@@ -61,6 +61,7 @@ def flash_attn_func(
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch, {q.shape[0]}, not {k.shape[0]}")
     options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options["dropout_p"] = dropout_p
     query, key, value = (dense_last(tensor).transpose(1, 2) for tensor in (q, k, v))
     out, lse = attention(query, key, value, **options, return_lse=True)
     out = out.transpose(1, 2)
@@ -139,6 +140,7 @@ def flash_attn_varlen_func(
     check_integers("cu_seqlens_q", cu_seqlens_q, (None,), q.device)
     check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, q.device)
     options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options["dropout_p"] = dropout_p
     bounds = {"query_starts": cu_seqlens_q, "key_starts": cu_seqlens_k}
     if block_table is not None:
         k, v, bounds["key_starts"], bounds["key_ends"] = _sequences_of_pages(k, v, cu_seqlens_k, block_table)
