@@ -73,8 +73,10 @@ def test_a_dtype_without_kernels_is_given_as_the_reason():
 def test_what_goes_to_torch_is_named_with_the_reason():
     said = nearpeak.explain(nearpeak.scaled_dot_product_attention, *[_query()] * 3, dropout_p=1.0)
     assert "torch's scaled_dot_product_attention on cpu, float32: its plain formula" in said
-    assert "dropout_p is not less than 1" in said
-    said = nearpeak.explain(nearpeak.scaled_dot_product_attention, *[_query().to("meta")] * 3, dropout_p=0.5)
+    assert "dropout_p is not from 0 to less than 1" in said
+    said = nearpeak.explain(
+        lambda: nearpeak.scaled_dot_product_attention(*[torch.empty(1, 2, 5, 16, device="cuda")] * 3, dropout_p=0.5)
+    )
     assert "dropout_p > 0, which only the kernels for the CPU apply" in said
     said = nearpeak.explain(nearpeak.scaled_dot_product_attention, *[_query()] * 3, dropout_p=0.5)
     assert "nearpeak::attention_inference on cpu" in said

@@ -12,8 +12,8 @@ def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         return "attn_mask is neither boolean nor of query's dtype"
-    if dropout_p >= 1.0:
-        return "dropout_p is not less than 1"
+    if not 0.0 <= dropout_p < 1.0:
+        return "dropout_p is not from 0 to less than 1"
     if dropout_p > 0.0 and query.device.type != "cpu":
         return "dropout_p > 0, which only the kernels for the CPU apply yet"
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
@@ -63,5 +63,4 @@ def scaled_dot_product_attention(
     # Top-left alignment in attention's bottom-right terms: query i sees keys up to i.
     window = (None, query.shape[2] - key.shape[2]) if is_causal else OPEN
     mask, bias = mask_and_bias(attn_mask)
-    dropout_p = max(0.0, dropout_p)
     return attention(query, key, value, window=window, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p)
