@@ -71,33 +71,33 @@ def define(
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         return
     library.impl(f"{name}_inference", torch.library.fallthrough_kernel, "Autograd")
-    library.impl(name, _recorded(f"{name}_inference", backward, setup_context), "Autograd")
+    library.impl(name, _recorded(name, backward, setup_context), "Autograd")
 
 
-def _recorded(inference: str, backward: Callable, setup_context: Callable) -> Callable:
+def _recorded(name: str, backward: Callable, setup_context: Callable) -> Callable:
     """What runs an operator where autograd may record it.
 
-    As torch.library.register_autograd would have it, but at a third of its time: it looks up every default, builds
-    two objects and dispatches a second time from Python, 42 us for a call that this one records in 14.
+    As torch.library.register_autograd would have it, which looks up every default, builds two objects and dispatches
+    a second time from Python: 46 us for a small rms_norm that takes 27 with this.
     """
-    kernels = getattr(torch.ops.nearpeak, inference).default
-    defaults = tuple(argument.default_value for argument in kernels._schema.arguments)
+    operator = getattr(torch.ops.nearpeak, name).default
+    defaults = tuple(argument.default_value for argument in operator._schema.arguments)
 
     def forward(ctx, *inputs):
         with torch._C._AutoDispatchBelowAutograd():
-            output = kernels(*inputs)
+            output = operator(*inputs)
         setup_context(ctx, inputs, output)
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    recorded = type(f"nearpeak_{inference}", (torch.autograd.Function,), members)
+    recorded = type(f"nearpeak_{name}", (torch.autograd.Function,), members)
 
     def run(*arguments):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             # The dispatcher drops trailing arguments that have their default.
             return recorded.apply(*arguments, *defaults[len(arguments) :])
         with torch._C._AutoDispatchBelowAutograd():
-            return kernels(*arguments)
+            return operator(*arguments)
 
     return run
 
