@@ -22,8 +22,9 @@ export NEARPEAK_BUILD_EMULATED := 1
 bench: install
 	$(RUN) -m nearpeak.cli bench all
 
+# Two processes: nearly every test runs in one thread.
 test: install lint
-	$(RUN) -m pytest tests
+	$(RUN) -m pytest tests -n 2
 
 install: $(STAMP)
 

@@ -13,11 +13,10 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = pathlib.Path(__file__).parent / "interpreted"
-
-
 ATTENTION = ["attention", "attention_backward", "attention_terms", "attention_sequences"]
 
 
+@pytest.mark.timeout(1800)  # a family takes some minutes, and twice that on a busy machine
 @pytest.mark.parametrize("family", ["norm", "layer_norm", "rotary", "feedforward", *ATTENTION])
 def test_interpreted_kernels_are_as_exact_as_plain(family):
     file = FOLDER / f"test_{family}_kernels.py"

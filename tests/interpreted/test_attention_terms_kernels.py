@@ -33,6 +33,14 @@ CASES = [
 ]
 
 
+def some_by_default(cases, step):
+    """The interpreter takes seconds for a case: all of them are run before a release."""
+    return [
+        pytest.param(case, id=terms_of.terms_name(case), marks=() if index % step == 0 else pytest.mark.slow)
+        for index, case in enumerate(cases)
+    ]
+
+
 def draws_of(terms, dtype):
     """Rounding to 16 bits drowns what float32 sums do by chance; float32 itself takes more draws to judge."""
     return terms_of.draws_of(terms, dtype)[: 4 if dtype is torch.float32 else 1]
@@ -42,12 +50,12 @@ def judge(terms, draws):
     assert_as_exact(values(terms_of.served(terms), draws), terms_of.standards_of(terms, draws))
 
 
-@pytest.mark.parametrize("terms", CASES, ids=terms_of.terms_name)
+@pytest.mark.parametrize("terms", some_by_default(CASES, 3))
 def test_forward_and_gradients_are_as_exact_as_plain(rounded_once, terms):
     judge(terms, draws_of(terms, torch.float32))
 
 
-@pytest.mark.parametrize("terms", CASES[::3], ids=terms_of.terms_name)
+@pytest.mark.parametrize("terms", some_by_default(CASES[::3], 3))
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_forward_and_gradients_in_16_bits_are_as_exact_as_plain(dtype, terms):
     judge(terms, draws_of(terms, dtype))
