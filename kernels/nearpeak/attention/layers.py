@@ -70,7 +70,7 @@ def _why_torch_serves(layer, query, key, value, key_padding_mask, need_weights, 
     if need_weights:
         return "need_weights=True asks for the weights"
     if layer.training and layer.dropout > 0.0:
-        return "dropout > 0 in training, which the kernels do not apply yet"
+        return "dropout > 0 in training"
     if layer.head_dim > MAX_HEAD_DIM:
         return f"head_dim is not 1..{MAX_HEAD_DIM}"
     if is_causal and attn_mask is None:

@@ -156,7 +156,7 @@ def _why_transformers_serves(query, key, value, attention_mask, dropout, others)
     if attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return "the mask is neither boolean nor of query's dtype"
     if dropout > 0.0:
-        return "dropout > 0, which the kernels do not apply yet"
+        return "dropout > 0"
     if others.get("output_attentions"):
         return "output_attentions asks for weights, which the kernels never hold"
     for name in ("position_bias", "cache"):

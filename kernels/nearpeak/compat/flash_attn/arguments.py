@@ -5,12 +5,7 @@ import torch
 from ...checks import check_floating, check_same_kind
 
 
-def check_dropout(dropout_p):
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be at least 0 and less than 1, not {dropout_p!r}")
-
-
-def options_of(softmax_scale, causal, window_size, softcap, alibi_slopes):
+def options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p=0.0):
     """The keyword arguments of `nearpeak.attention`, in which None is what -1 or 0.0 is in flash-attn."""
     if not isinstance(window_size, (tuple, list, torch.Tensor)) or len(window_size) != 2:
         raise ValueError(f"window_size must be a pair (left, right) of integers, -1 for open, not {window_size!r}")
@@ -20,6 +15,7 @@ def options_of(softmax_scale, causal, window_size, softcap, alibi_slopes):
         "window": tuple(None if side < 0 else int(side) for side in window_size),
         "softcap": softcap if softcap > 0.0 else None,
         "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
     }
 
 

@@ -4,7 +4,6 @@ import torch
 
 from ...attention import attention
 from .arguments import (
-    check_dropout,
     check_grouped,
     check_heads,
     check_integers,
@@ -53,15 +52,13 @@ def flash_attn_func(
     >>> q, k = torch.randn(1, 10, 8, 64), torch.randn(1, 100, 2, 64)
     >>> out = flash_attn_func(q, k, k, causal=True, window_size=(64, 0))
     """
-    check_dropout(dropout_p)
     check_heads("q", q, BATCHED)
     check_heads("k", k, BATCHED, q)
     check_heads("v", v, BATCHED, q)
     check_grouped(q, k, "k", v, "v")
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"k must have q's batch, {q.shape[0]}, not {k.shape[0]}")
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    options["dropout_p"] = dropout_p
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
     query, key, value = (dense_last(tensor).transpose(1, 2) for tensor in (q, k, v))
     out, lse = attention(query, key, value, **options, return_lse=True)
     out = out.transpose(1, 2)
@@ -131,7 +128,6 @@ def flash_attn_varlen_func(
     >>> qkv, starts = torch.randn(10, 3, 8, 64), torch.tensor([0, 3, 10], dtype=torch.int32)  # 3 and 7 tokens
     >>> out = flash_attn_varlen_func(*qkv.unbind(1), starts, starts, 7, 7, causal=True)
     """
-    check_dropout(dropout_p)
     layout = PACKED if block_table is None else PAGED
     check_heads("q", q, PACKED)
     check_heads("k", k, layout, q)
@@ -139,8 +135,7 @@ def flash_attn_varlen_func(
     check_grouped(q, k, "k", v, "v")
     check_integers("cu_seqlens_q", cu_seqlens_q, (None,), q.device)
     check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, q.device)
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    options["dropout_p"] = dropout_p
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p)
     bounds = {"query_starts": cu_seqlens_q, "key_starts": cu_seqlens_k}
     if block_table is not None:
         k, v, bounds["key_starts"], bounds["key_ends"] = _sequences_of_pages(k, v, cu_seqlens_k, block_table)

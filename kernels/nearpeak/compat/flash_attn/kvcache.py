@@ -88,12 +88,12 @@ class _Cache:
         self.entries = None if batch_idx is None else batch_idx.long()
         self.longest = None
         if not torch.compiler.is_compiling():
-            self.longest = max(ends.tolist(), default=0)
-            self._check_numbers(leftpad)
+            numbers = ends.tolist()  # once: on a GPU it waits for all that runs there
+            self.longest = max(numbers, default=0)
+            self._check_numbers(numbers, leftpad)
 
-    def _check_numbers(self, leftpad):
+    def _check_numbers(self, ends, leftpad):
         """Under torch.compile, which has no numbers to look at, attention's own kernels check those that they read."""
-        ends = self.ends.tolist()
         if self.table is None and self.longest > self.keys.shape[1]:
             raise ValueError(
                 f"cache_seqlens must leave room for the new keys in a cache of {self.keys.shape[1]}: they would end "
