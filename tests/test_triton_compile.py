@@ -55,7 +55,7 @@ def attention_terms_case(
         if not backward:
             return triton_attention.attention(query, key, value, *arguments)
         tensors = out, lse, query, key, value, out, lse
-        return triton_attention.attention_backward(*tensors, *arguments, terms[1] is not None)
+        return triton_attention.attention_backward(*tensors, *arguments, bias_gradient=terms[1] is not None)
 
     widths = f"{head_dim}/{value_dim or head_dim} {str(dtype).removeprefix('torch.')} {length}"
     window_and_softcap = f"{window if window != (None, 0) else ''} {softcap or ''}"
