@@ -50,17 +50,6 @@ inline void multiply_add(Float& sum, Two a, Two b) {
     sum += a.high * b.high;
 }
 
-// GCC would load a query's vector again for each key, and loads are what this loop has most of.
-inline void keep_in_register(Float& value) {
-#if (NEARPEAK_LANES == 16 && defined(__AVX512F__)) || (NEARPEAK_LANES == 8 && defined(__AVX2__))
-    asm("" : "+v"(value));
-#endif
-}
-inline void keep_in_register(Two& value) {
-    keep_in_register(value.low);
-    keep_in_register(value.high);
-}
-
 // The largest, and the sum, over the lanes that hold the same row: every kRows-th.
 template <int kRows>
 inline Float maximum_over_keys(Float value) {
