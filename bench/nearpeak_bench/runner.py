@@ -8,8 +8,8 @@ import torch
 from nearpeak import backends
 
 from . import timing, verdicts, worker
-from .cases import FRESH_SEEDS, Case, Implementation, as_tuple
-from .exactness import errors, why_inexact
+from .cases import DRAW_SEEDS, FRESH_SEED, SEED, Case, Implementation, as_tuple
+from .exactness import errors, why_inexact, why_inexact_over_draws
 from .memory import extra_memory
 from .peaks import Peaks
 from .results import Measurement, Row
@@ -47,10 +47,10 @@ def _worst_errors(results, exact) -> tuple[float, float]:
 class Examiner:
     """Judges implementations of one case against the truth and the plain layer's error."""
 
-    def __init__(self, case: Case, inputs: dict):
-        self.case, self.inputs = case, inputs
-        self.exact = case.truth(inputs)
-        self.plain = case.plain(inputs)
+    def __init__(self, case: Case, device: torch.device, seed: int = SEED):
+        self.case, self.device, self.inputs = case, device, case.inputs(device, seed)
+        self.exact = case.truth(self.inputs)
+        self.plain = case.plain(self.inputs)
         self.plain_errors = _worst_errors(self.plain, self.exact)
 
     def examine(self, implementation: Implementation, measurement: Measurement) -> Callable[[], object] | None:
@@ -66,7 +66,7 @@ class Examiner:
             return None
         if not implementation.same_result:
             return call
-        reason = self._why_wrong(result, measurement)
+        reason = self._why_wrong(implementation, result, measurement)
         if reason and implementation.baseline:
             # It is what users have, so its time counts; that it is less exact is said.
             measurement.note = f"less exact than the plain layer: {reason}"
@@ -75,7 +75,7 @@ class Examiner:
             return None
         return call
 
-    def _why_wrong(self, result, measurement: Measurement) -> str | None:
+    def _why_wrong(self, implementation: Implementation, result, measurement: Measurement) -> str | None:
         shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (result, self.exact))
         if shapes != expected:
             return f"shapes {shapes}, expected {expected}"
@@ -83,7 +83,18 @@ class Examiner:
         if dtypes != expected:
             return f"dtypes {dtypes}, expected {expected}"
         measurement.error_mean, measurement.error_max = _worst_errors(result, self.exact)
-        return why_inexact(result, self.plain, self.exact)
+        reason = why_inexact(result, self.plain, self.exact)
+        # A baseline is only told about, and draws take long.
+        return reason if implementation.baseline else reason and self._why_wrong_over_draws(implementation, result)
+
+    def _why_wrong_over_draws(self, implementation: Implementation, result) -> str | None:
+        draws = [(result, self.plain, self.exact)]
+        for seed in DRAW_SEEDS:
+            inputs = self.case.inputs(self.device, seed)
+            result = as_tuple(self.case.bind(implementation.prepare, inputs)())
+            draws.append((result, self.case.plain(inputs), self.case.truth(inputs)))
+        stacked = (tuple(map(torch.stack, zip(*each, strict=True))) for each in zip(*draws, strict=True))
+        return why_inexact_over_draws(*stacked)
 
 
 def run_case(
@@ -101,9 +112,8 @@ def run_case(
         # Dynamo keeps a few shapes per function and then runs it uncompiled without a word: start each case afresh.
         torch.compiler.reset()
     watch.say("truth in float64")
-    inputs = case.inputs(settings.device)
-    examiner = Examiner(case, inputs)
-    measurements = _measurements(implementations, serving_backend(case, inputs), lost)
+    examiner = Examiner(case, settings.device)
+    measurements = _measurements(implementations, serving_backend(case, examiner.inputs), lost)
     calls = _checked(examiner, {name: implementations[name] for name in measurements if name not in lost},
                      measurements, watch)  # fmt: skip
     plain_errors = examiner.plain_errors
@@ -164,22 +174,15 @@ def _pairs(measurements: dict[str, Measurement], timed: Iterable[str]) -> list[t
 
 
 def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measurement], watch) -> None:
-    """A kernel may answer from memory, or tire: what was timed must be right on inputs that it has not seen, too.
-
-    Of a few elements one kernel rounds some worse by chance; wrong is one that is so on each of several inputs.
-    """
-    for seed in FRESH_SEEDS:
-        if not candidates:
-            return
-        watch.turn("")
-        examiner = Examiner(case, case.inputs(device, seed))
-        again = {name: Measurement(name, baseline=False, backend="") for name in candidates}
-        for name, measurement in again.items():
-            watch.turn(name)
-            examiner.examine(case.operator.implementations[name], measurement)
-        candidates = {name: candidates[name] for name, measurement in again.items() if measurement.status != "ok"}
+    """A kernel may answer from memory, or tire: what was timed must be right on inputs that it has not seen, too."""
+    watch.turn("")
+    examiner = Examiner(case, device, FRESH_SEED)
     for name, measurement in candidates.items():
-        measurement.status, measurement.note = again[name].status, f"after timing, on fresh inputs: {again[name].note}"
+        watch.turn(name)
+        again = Measurement(name, baseline=False, backend="")
+        examiner.examine(case.operator.implementations[name], again)
+        if again.status != "ok":
+            measurement.status, measurement.note = again.status, f"after timing, on fresh inputs: {again.note}"
 
 
 def _fill_in(measurement: Measurement, samples: dict[str, timing.Samples], limit: float | None) -> None:
