@@ -6,7 +6,7 @@
 // NEARPEAK_EMULATE_PAIRS puts float32 arithmetic in their place, by which the kernels are tested on other processors.
 #pragma once
 
-#include <algorithm>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -15,6 +15,15 @@
 #endif
 
 namespace nearpeak::NEARPEAK_ISA {
+
+// Whether products of this storage type are taken in pairs.
+#ifdef NEARPEAK_HAS_PAIRS
+template <class T>
+constexpr bool kInPairs = std::is_same_v<T, bfloat16>;
+#else
+template <class T>
+constexpr bool kInPairs = false;
+#endif
 
 inline Float pair(Short first, Short second) { return bitcast<Float>(widen(first) | (widen(second) << 16)); }
 
@@ -79,12 +88,31 @@ inline Short rounded_bits(Float value) { return narrow_bfloat16(value); }
 
 #endif
 
+// The pairs (first, second) of the even elements that both hold as they lie, and of the odd ones.
+inline Two pairs_across(Float first, Float second) {
+    const auto a = bitcast<Unsigned>(first), b = bitcast<Unsigned>(second);
+#if NEARPEAK_LANES == 16 && defined(__AVX512BW__)
+    constexpr __mmask32 kOdd = 0xaaaaaaaa;
+    const auto blend = [](Unsigned low, Unsigned high) {
+        return reinterpret_cast<Float>(
+            _mm512_mask_blend_epi16(kOdd, reinterpret_cast<__m512i>(low), reinterpret_cast<__m512i>(high)));
+    };
+    return {blend(a, b << 16), blend(a >> 16, b)};
+#else
+    return {bitcast<Float>((a & 0xffffu) | (b << 16)), bitcast<Float>((a >> 16) | (b & 0xffff0000u))};
+#endif
+}
+
 // 2 kLanes neighbouring elements as they lie, for sums in which it does not matter which lane holds what.
 struct PairsInLanes {
     Float bits;
 };
 
-// How many elements of them are meant: all, known to the compiler, or the first `count`.
+inline void multiply_add(Float& sum, PairsInLanes a, PairsInLanes b) { sum = multiply_add_pairs(a.bits, b.bits, sum); }
+inline void keep_in_register(PairsInLanes& pairs) { keep_in_register(pairs.bits); }
+
+// How many of those elements are meant: all, known to the compiler, or the first `count`. Behind the first few, a load
+// gives zeros; it touches no memory there.
 struct AllPairs {};
 struct SomePairs {
     int64_t count;
@@ -93,24 +121,40 @@ struct SomePairs {
 inline PairsInLanes load(const bfloat16* from, AllPairs) { return {load(reinterpret_cast<const float*>(from))}; }
 inline PairsInLanes load(const bfloat16* from, SomePairs some) { return {load_some_pairs(from, 0, some.count)}; }
 
-// Whole, with zeros after those that are meant.
-inline void store(bfloat16* to, PairsInLanes pairs, AllPairs) { store(reinterpret_cast<float*>(to), pairs.bits); }
+// What a kernel keeps of them is whole.
 inline AllPairs kept(AllPairs lanes) { return lanes; }
 inline AllPairs kept(SomePairs) { return {}; }
+inline void store(bfloat16* to, PairsInLanes pairs, AllPairs) { store(reinterpret_cast<float*>(to), pairs.bits); }
 
-// Like for_each_two.
-template <int kUnroll = 1, class Body>
-[[gnu::always_inline]] inline void for_each_pairs(int64_t width, Body body) {
-    constexpr int64_t kStep = 2 * kLanes;
-    int64_t column = 0;
-    for (; column + kUnroll * kStep <= width; column += kUnroll * kStep) {
+// Even elements low, odd ones high.
+template <class T>
+inline void store(T* to, Two value, AllPairs) {
+    store(to, value, TwoVectors<bfloat16>{});
+}
+template <class T>
+inline void store(T* to, Two value, SomePairs some) {
+    T buffer[2 * kLanes];
+    store(buffer, value, TwoVectors<bfloat16>{});
+    std::memcpy(to, buffer, some.count * sizeof(T));
+}
+
+// Like for_each_two where the products of T are not taken in pairs; else in steps of pairs.
+template <class T, int kUnroll = 1, class Body>
+[[gnu::always_inline]] inline void for_each_step(int64_t width, Body body) {
+    if constexpr (kInPairs<T>) {
+        constexpr int64_t kStep = 2 * kLanes;
+        int64_t column = 0;
+        for (; column + kUnroll * kStep <= width; column += kUnroll * kStep) {
 #pragma GCC unroll 16
-        for (int slot = 0; slot < kUnroll; ++slot) body(column + slot * kStep, AllPairs{}, slot);
+            for (int slot = 0; slot < kUnroll; ++slot) body(column + slot * kStep, AllPairs{}, slot);
+        }
+        if constexpr (kUnroll > 1) {
+            for (; column + kStep <= width; column += kStep) body(column, AllPairs{}, 0);
+        }
+        if (column < width) body(column, SomePairs{width - column}, 0);
+    } else {
+        for_each_two<T, kUnroll>(width, body);
     }
-    if constexpr (kUnroll > 1) {
-        for (; column + kStep <= width; column += kStep) body(column, AllPairs{}, 0);
-    }
-    if (column < width) body(column, SomePairs{width - column}, 0);
 }
 
 }  // namespace nearpeak::NEARPEAK_ISA

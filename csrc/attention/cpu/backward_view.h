@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "mask.h"
 #include "panel.h"
@@ -19,15 +18,6 @@ inline int64_t spread(int64_t row) {
     constexpr int64_t kFloatsPerLine = 16;
     return ((row + kFloatsPerLine - 1) / kFloatsPerLine | 1) * kFloatsPerLine;
 }
-
-// Whether products of this type are taken in pairs.
-#ifdef NEARPEAK_HAS_PAIRS
-template <class T>
-constexpr bool kInPairs = std::is_same_v<T, bfloat16>;
-#else
-template <class T>
-constexpr bool kInPairs = false;
-#endif
 
 // Rows [first_row, first_row + rows) of the task with all its keys.
 struct BackwardView {

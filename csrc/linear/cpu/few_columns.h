@@ -33,8 +33,6 @@ inline void multiply_add(Float& sum, Two a, Two b) {
     sum += a.high * b.high;
 }
 
-inline void multiply_add(Float& sum, PairsInLanes a, PairsInLanes b) { sum = multiply_add_pairs(a.bits, b.bits, sum); }
-
 template <class T>
 class FewColumns {
   public:
@@ -46,7 +44,7 @@ class FewColumns {
         const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
         for (int64_t column = 0; column < p.columns; ++column) {
             const T* at = from.row(column);
-            for_each_step(p.steps, [&](int64_t step, auto lanes, int) {
+            for_each_step<T>(p.steps, [&](int64_t step, auto lanes, int) {
                 store(x + column * stride + step, load(at + step, lanes), kept(lanes));
             });
         }
@@ -61,21 +59,11 @@ class FewColumns {
     }
 
   private:
-    static constexpr bool kPairs = std::is_same_v<StepOf<T>, Pairs>;
-    using Kept = std::conditional_t<kPairs, bfloat16, float>;
+    using Kept = std::conditional_t<kInPairs<T>, bfloat16, float>;
 
     const Product& p;
     const int64_t stride;
     Kept* const x;
-
-    template <int kUnroll = 1, class Body>
-    [[gnu::always_inline]] static void for_each_step(int64_t width, Body body) {
-        if constexpr (kPairs) {
-            for_each_pairs<kUnroll>(width, body);
-        } else {
-            for_each_two<T, kUnroll>(width, body);
-        }
-    }
 
     // kLanes rows of y^T, so that all their sums over lanes are taken together. Rows past the end are the last one's.
     template <bool kLong>
@@ -113,7 +101,7 @@ class FewColumns {
                    int lane) const {
         constexpr int kSlots = std::max(1, kSumsTogether / (kRows * kColumns));
         Float sums[kRows][kColumns][kSlots] = {};
-        for_each_step<kSlots>(count, [&](int64_t i, auto lanes, int slot) {
+        for_each_step<T, kSlots>(count, [&](int64_t i, auto lanes, int slot) {
             const int64_t step = first + i;
             decltype(load(rows[0], lanes)) elements[kRows];
 #pragma GCC unroll 8

@@ -12,14 +12,8 @@ namespace nearpeak::linear::NEARPEAK_ISA {
 
 using namespace nearpeak::NEARPEAK_ISA;
 
-// bfloat16 is multiplied in pairs where the processor can.
-#ifdef NEARPEAK_HAS_PAIRS
 template <class T>
-using StepOf = std::conditional_t<std::is_same_v<T, bfloat16>, Pairs, Singles>;
-#else
-template <class T>
-using StepOf = Singles;
-#endif
+using StepOf = std::conditional_t<kInPairs<T>, Pairs, Singles>;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
