@@ -1,5 +1,6 @@
 """The report's charts, as SVG text: speed-ups, shares of the physical limit, rooflines, and growth with a size."""
 
+import functools
 import io
 
 import matplotlib
@@ -136,7 +137,9 @@ def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
 def growth_chart(growths: list[Growth]) -> str:
     """Time over size, both logarithmic, one panel for each group of rows: points are medians, lines the fits."""
     names = list(dict.fromkeys(name for each in growths for name in each.fits))
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    # Baselines in the colours that they have in the other charts.
+    others = [name for name in names if name != "nearpeak"]
+    colours = dict.fromkeys(names, INK) | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     lines = -(-len(growths) // 2)
     height = lines * PANEL_INCHES + MARGIN_INCHES / 2
     with matplotlib.rc_context(STYLE | {"axes.spines.left": True}):
@@ -146,10 +149,9 @@ def growth_chart(growths: list[Growth]) -> str:
             _growth_panel(panel, each, colours)
         for panel in panels[len(growths) :]:
             panel.set_axis_off()
-        handles = [
-            matplotlib.lines.Line2D([], [], color=c, marker="o", markersize=4, label=n) for n, c in colours.items()
-        ]
-        handles.append(matplotlib.lines.Line2D([], [], color=INK, linestyle=":", label="limit"))
+        line = functools.partial(matplotlib.lines.Line2D, [], [])
+        handles = [line(color=colour, marker="o", markersize=4, label=name) for name, colour in colours.items()]
+        handles.append(line(color=INK, linestyle=":", label="limit"))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8,
                       handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
         return _svg(figure)

@@ -71,6 +71,8 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
         ("Versions", versions),
         ("Commit", machine["commit"] or "unknown"),
     ]
+    if results.rows:
+        facts.append(("Caches and outputs", _modes(results)))
     if results.noise is not None:
         facts.append(("Noise", f"one call differs from itself by up to {100 * results.noise:.1f} %"))
     if results.peaks:
@@ -82,6 +84,15 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
                                  f"read {results.peaks.read[largest] / 1e9:.1f} GB/s"),
         ]  # fmt: skip
     return facts
+
+
+def _modes(results: Results) -> str:
+    states = {
+        False: "warm caches, as the preceding call leaves them",
+        True: "cold caches, emptied before each sample, where a row says so",
+    }
+    used = [text for cold, text in states.items() if any(row.cold == cold for row in results.rows)]
+    return "; ".join([*used, "fresh outputs, but for operators whose name ends in out or inplace"])
 
 
 def tables_of(results: Results) -> list[table.Table]:

@@ -190,11 +190,16 @@ def growth_table(suite: str, rows: Iterable[Row]) -> Table:
         fits = [each.fits.get(name) for name in names]
         limit = f"{each.limit.exponent:.2f}" if each.limit else "-"
         cells = [*case_cells(each.row, each.shape), f"{min(sizes)}-{max(sizes)}", *map(_exponent_text, fits), limit]
-        off = [
-            f"{name} {100 * of.deviation:.0f} %" for name, of in each.fits.items() if of.deviation > NOTABLE_DEVIATION
-        ]
-        lines.append(Line(cells, "fine", f"off a power of {each.dimension} by up to {', '.join(off)}" if off else ""))
+        lines.append(Line(cells, "fine", _deviations(each)))
     return Table(growth_title(suite), ["op", "shape", "dtype", "sizes", *names, "limit"], lines)
+
+
+def _deviations(each: growth.Growth) -> str:
+    notable = {name: fit.deviation for name, fit in each.fits.items() if fit.deviation > NOTABLE_DEVIATION}
+    if not notable:
+        return ""
+    off = ", ".join(f"{name} {100 * deviation:.0f} %" for name, deviation in notable.items())
+    return f"off a power of {each.dimension} by up to {off}"
 
 
 def scaling_table(suite: str, rows: Iterable[Row]) -> Table:
@@ -286,12 +291,12 @@ def to_rich(table: Table, console: rich.console.Console) -> rich.table.Table:
 
 
 def _rich_table(table: Table, dropped: list[str]) -> rich.table.Table:
-    notes = [f"{line.name}: {line.note}" for line in table.lines if line.note]
+    notes = [rich.markup.escape(f"{line.name}: {line.note}") for line in table.lines if line.note]
     if dropped:
         notes.append(f"This terminal is too narrow for: {', '.join(dropped)}. The files written have them.")
     shown = rich.table.Table(
         title=table.title, title_justify="left", title_style="bold", header_style="bold", caption_justify="left",
-        box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=rich.markup.escape("\n".join(notes)) or None,
+        box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption="\n".join(notes) or None,
     )  # fmt: skip
     kept = [index for index, header in enumerate(table.headers) if header not in dropped]
     # The first four columns name a case: two lines of one column save a terminal's width.
