@@ -103,8 +103,8 @@ def run(options: Options, console: rich.console.Console) -> int:
 
 def _profile(options: Options, cases: list, console: rich.console.Console) -> int:
     written = (options.json, options.html, options.markdown, options.csv)
-    if any(written) or options.against or options.thresholds or options.caches == COLD:
-        raise UsageError("--profile times nothing: leave --caches, --against, --threshold and files out")
+    if any(written) or options.against or options.thresholds or options.budget or options.caches == COLD:
+        raise UsageError("--profile times nothing: leave --caches, --time-budget, --against, --threshold and files out")
     return profiling.run(options.profile, cases, console)
 
 

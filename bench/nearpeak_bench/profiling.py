@@ -98,9 +98,8 @@ def _by_perf(case: Case, implementation: str, console: rich.console.Console) -> 
     """Count, then sample."""
     _watched_by_perf(["stat", "--detailed"], case, implementation, console)
     data = str(_file(case, implementation, ".perf.data"))
-    _watched_by_perf(["record", "--call-graph", "fp", "--output", data], case, implementation, console)
-    report = ["perf", "report", "--input", data, "--stdio", "--no-children", "--call-graph", "none",
-              "--percent-limit", f"{LEAST_PERCENT:g}"]  # fmt: skip
+    _watched_by_perf(["record", "--output", data], case, implementation, console)
+    report = ["perf", "report", "--input", data, "--stdio", "--percent-limit", f"{LEAST_PERCENT:g}"]
     found = subprocess.run(report, capture_output=True, text=True, check=False).stdout
     functions = [line.rstrip() for line in found.splitlines() if line.strip() and not line.startswith("#")]
     console.print("\n".join(functions[:MOST_FUNCTIONS]), highlight=False, markup=False)

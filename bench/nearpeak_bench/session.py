@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 import rich.console
+import rich.markup
 import rich.progress
 import torch
 from nearpeak import system
@@ -17,6 +18,8 @@ from .exits import UsageError
 from .options import Options
 
 MEMORY_SHARE = 0.8
+# Where more rows are wrong, the files have their commands.
+MOST_AGAIN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,19 @@ def run(
                     found.rows.append(row)
                     book.append(row)
             finally:
-                for each in table.suite_tables(suite, found.rows):
-                    console.print(table.to_rich(each, console))
+                _show(table.suite_tables(suite, found.rows), console)
     book.delete()
+
+
+def _show(tables: list[table.Table], console: rich.console.Console) -> None:
+    """The tables of a finished suite, and how to run its marked rows again."""
+    for each in tables:
+        console.print(table.to_rich(each, console))
+    again = dict.fromkeys(
+        line.command for each in tables for line in each.lines if line.mark != "fine" and line.command
+    )
+    for command in list(again)[:MOST_AGAIN]:
+        console.print(f"[dim]again: {rich.markup.escape(command)}", highlight=False, soft_wrap=True)
 
 
 def _noise(watch: worker.Watch, device: torch.device) -> float:
