@@ -123,6 +123,8 @@ def _watched_by_perf(how: list[str], case: Case, implementation: str, console: r
 def _why_perf_failed(said: str) -> str:
     if re.search(r"perf_event_paranoid|permission|not permitted|access to performance monitoring", said, re.IGNORECASE):
         return f"perf may not count here: {PERF_PERMIT}"
+    if raised := re.search(r"^\w*(Error|Exception|StopIteration|Interrupt)\b.*$", said, re.MULTILINE):
+        return f"the kernel's process failed: {raised.group()}"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return f"perf failed: {lines[-1] if lines else 'it said nothing'}"
 
@@ -148,7 +150,8 @@ def _by_ncu(case: Case, implementation: str, console: rich.console.Console) -> N
 
 
 def _shown(command: list[str], console: rich.console.Console) -> subprocess.CompletedProcess:
-    """Run a command, and say which."""
+    """Run a command, and say which. Its process finds the modules that this one does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     console.print(f"[dim]$ {shlex.join(command)}", highlight=False, soft_wrap=True)
     with console.status(f"{command[0]} is watching"):
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
