@@ -3,7 +3,8 @@
     time ~ a * size^b        b by least squares in log-log, over rows that differ in that dimension alone
 
 The interval of b is the bootstrap's: each row's rounds are drawn again with replacement. It tells what the noise of
-timing leaves open, not whether time follows a power of the size at all: for that, the greatest deviation is kept.
+timing within a run leaves open: not what the machine did between one row and the next, and not whether time follows a
+power of the size at all. For that, the greatest deviation is kept.
 The same fit of the physical limit says how the time would have to grow: 2 for attention in S, 1 for a norm in its rows.
 """
 

@@ -1,11 +1,13 @@
 """Rows that are repeated alone, swept, threaded, and cold."""
 
 import os
+import pathlib
+import re
 import shlex
 
 import pytest
 import torch
-from nearpeak_bench import caches, options, repeat, results, runner, suites, timing, variants
+from nearpeak_bench import caches, command, options, repeat, results, runner, suites, timing, variants
 from nearpeak_bench.cases import Case, Variant, Work
 from toys import CPU, PEAKS, SETTINGS, bench, invoke, measurement
 
@@ -207,6 +209,27 @@ def test_wrong_requests_say_what_to_do(toy_suite, arguments, message):
     result = invoke("bench", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+DOCUMENTED = re.findall(
+    r"^    (?:\w+=\S+ )?nearpeak bench (.*--(?:case|sweep|threads|caches|profile) .*?)(?:   .*)?$",
+    (pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("line", [line for line in DOCUMENTED if "NAME" not in line])
+def test_documented_commands_choose_cases(line, monkeypatch):
+    asked = []
+    monkeypatch.setattr(suites, "SUITES", dict(suites.SUITES))
+    monkeypatch.setattr(suites, "shaped", [])
+    monkeypatch.setattr(variants.system, "cores", lambda: 8)
+    monkeypatch.setattr(command, "run", lambda options, console: asked.append(options) or 0)
+    assert invoke("bench", *shlex.split(line)).exit_code == 0
+    if asked[0].shapes:
+        suites.use_shapes(asked[0].shapes)
+    _, cases = command._choose(asked[0])
+    assert cases
 
 
 def test_dimensions_of_a_case_are_its_sizes():
