@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from nearpeak import backends
 
-from . import timing, verdicts, worker
+from . import caches, compiling, timing, verdicts, worker
 from .cases import DRAW_SEEDS, FRESH_SEED, SEED, Case, Implementation, as_tuple
 from .exactness import errors, why_inexact, why_inexact_over_draws
 from .memory import extra_memory
@@ -56,14 +56,16 @@ class Examiner:
     def examine(self, implementation: Implementation, measurement: Measurement) -> Callable[[], object] | None:
         """Run once, note errors and verdict in `measurement`, and return the call if its time counts."""
         try:
-            call = self.case.bind(implementation.prepare, self.inputs)
-            result = as_tuple(call())
+            with compiling.watched() as tally:
+                call = self.case.bind(implementation.prepare, self.inputs)
+                result = as_tuple(call())
         except ModuleNotFoundError as error:
             measurement.status, measurement.note = "absent", f"{error.name} is not installed"
             return None
         except Exception as error:
             measurement.status, measurement.note = "failed", worker.describe(error)
             return None
+        tally.note(measurement)
         if not implementation.same_result:
             return call
         reason = self._why_wrong(implementation, result, measurement)
@@ -105,8 +107,13 @@ def run_case(
     watch: worker.Watch = UNWATCHED,
     lost: Mapping[str, worker.Lost] = NOTHING,
 ) -> Row:
-    """Everything a row holds; `watch` is told what is done next. lost: implementations that took an earlier attempt's
-    process down, and how: they are not run."""
+    """Everything a row holds but its command; `watch` is told what is done next. lost: implementations that took an
+    earlier attempt's process down, and how: they are not run."""
+    with case.in_its_threads():
+        return _run_case(suite, case, settings, peaks, watch, lost)
+
+
+def _run_case(suite: str, case: Case, settings: Settings, peaks: Peaks | None, watch, lost) -> Row:
     implementations = case.operator.implementations
     if any(each.compiled for each in implementations.values()):
         # Dynamo keeps a few shapes per function and then runs it uncompiled without a word: start each case afresh.
@@ -121,19 +128,21 @@ def run_case(
     watch.say("timing")
     pairs = _pairs(measurements, calls)
     clock = timing.clock_of(settings.device)
-    samples = timing.time_interleaved(calls, settings.budget, clock, pairs=pairs, turn=watch.turn)
+    evict = caches.evictor(settings.device) if case.variant.cold else None
+    samples = timing.time_interleaved(calls, settings.budget, clock, pairs=pairs, turn=watch.turn, evict=evict)
     calls.clear()
     watch.say("checking again, on fresh inputs")
     _examine_again(case, settings.device, {candidate: measurements[candidate] for _, candidate in pairs}, watch)
     timed = [name for name in samples if measurements[name].status == "ok"]
     work = case.work()
-    limit, bound = peaks.limit(work, case.dtype) if work and peaks else (None, None)
+    limit, bound = peaks.limit(work, case.dtype, case.variant.cold) if work and peaks else (None, None)
     for name in timed:
         _fill_in(measurements[name], samples, limit)
         if settings.memory:
             watch.say(f"memory of {name}")
             watch.turn(name)
             measurements[name].extra_memory = extra_memory(case, implementations[name], settings.device)
+    _compile_again(case, settings.device, [measurements[name] for name in timed], watch)
     for baseline, candidate in _pairs(measurements, timed):
         seconds = (measurements[name].samples.seconds for name in (baseline, candidate))
         measurements[candidate].ratios[baseline] = verdicts.ratio(*seconds, noise=settings.noise)
@@ -142,6 +151,8 @@ def run_case(
         direction=case.direction, plain_error_mean=plain_errors[0], plain_error_max=plain_errors[1],
         limit_seconds=limit, bound=bound, measurements=list(measurements.values()),
         flops=work and work.flops, bytes=work and (work.read + work.written) * case.dtype.itemsize,
+        template=case.operator.shape, parameters=dict(case.parameters), threads=case.variant.threads,
+        cold=case.variant.cold,
     )  # fmt: skip
 
 
@@ -183,6 +194,16 @@ def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measu
         examiner.examine(case.operator.implementations[name], again)
         if again.status != "ok":
             measurement.status, measurement.note = again.status, f"after timing, on fresh inputs: {again.note}"
+
+
+def _compile_again(case: Case, device: torch.device, timed: list[Measurement], watch) -> None:
+    """How long torch.compile takes with its files cached; last, since what was compiled is forgotten."""
+    for measurement in timed:
+        implementation = case.operator.implementations[measurement.implementation]
+        if implementation.compiled:
+            watch.say(f"compile time of {measurement.implementation}")
+            watch.turn(measurement.implementation)
+            compiling.again(case, implementation, case.inputs(device)).note(measurement)
 
 
 def _fill_in(measurement: Measurement, samples: dict[str, timing.Samples], limit: float | None) -> None:
