@@ -22,8 +22,8 @@ MARGIN_INCHES = 0.75
 # What is drawn in it takes the page's text colour, in light and in dark.
 INK = "#123456"
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.right": False,
-         "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
+         "svg.fonttype": "none", "svg.hashsalt": "nearpeak", "font.family": "sans-serif", "font.size": 9,
+         "axes.spines.right": False, "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
 
 
 def _label(row: Row, candidate: Measurement) -> str:
@@ -35,11 +35,11 @@ def _label(row: Row, candidate: Measurement) -> str:
     return " ".join(parts)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure, ink: str = "currentColor") -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg[svg.index("<svg") :].replace(INK, ink)
 
 
 def _axes(rows: int, bars: int):
@@ -78,7 +78,7 @@ def speedup_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(names)]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), frameon=False,
                     fontsize=8, handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
@@ -95,7 +95,7 @@ def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=c, label=f"bound by {n}") for n, c in LIMIT_COLOURS.items()]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8,
                     handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
@@ -127,7 +127,7 @@ def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
         axes.set_ylabel("GFLOP/s")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, handlelength=1,
                     columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def _slopes(peaks: Peaks) -> list[tuple[str, float]]:
