@@ -90,7 +90,9 @@ def history_chart(courses: list[Course], runs: list[Results]) -> str:
                       marker=MARKERS[number % len(MARKERS)], markersize=3)  # fmt: skip
         axes.set_yscale("log")
         axes.axhline(1, color="#a0aec0", linewidth=1, zorder=0)
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+        lower, upper = axes.get_ylim()
+        steps = (1, 2, 5) if upper > 4 * lower else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps, numticks=12))
         axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}x"))
         step = math.ceil(len(runs) / MOST_TICKS)
