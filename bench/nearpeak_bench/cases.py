@@ -66,7 +66,8 @@ class Operator:
     reference: the definition; its result on the inputs in float64 is the truth
     plain: the plain PyTorch layer, whose error is the measure for others' errors
     work: for every direction that is benchmarked, a function of the parameters that gives Work
-    kernels: for the same directions, the torch operator that serves ours, to say by which backend
+    kernels: for the same directions, or those that only `nearpeak check` runs, the torch operator that serves ours, to
+        say by which backend; "" where plain PyTorch does
     differentiable: the inputs whose gradients "backward" and "training" compute
     inplace: results are written into the inputs, so each implementation gets inputs of its own
     """
@@ -156,7 +157,8 @@ class Case:
         def random(*shape):
             return torch.randn(*shape, generator=generator).to(device, self.dtype)
 
-        return self.operator.inputs(random, **self.parameters)
+        made = self.operator.inputs(random, **self.parameters)
+        return map_tensors(lambda tensor: tensor.to(device), made)
 
     def bind(self, prepare: Callable[..., Callable[[], Any]], inputs: dict[str, Any]) -> Callable[[], Any]:
         """The call to be timed: an implementation's forward on `inputs`, its backward alone, or both."""

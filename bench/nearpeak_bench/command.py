@@ -6,12 +6,27 @@ import pathlib
 import rich.console
 import torch
 
-from . import compare, history, journal, machine, profiling, report, results, selftest, session, suites, table, variants
+from . import (
+    compare,
+    history,
+    journal,
+    machine,
+    machines,
+    profiling,
+    readme,
+    report,
+    results,
+    selftest,
+    session,
+    suites,
+    table,
+    variants,
+)
 from .exits import CRASHED, INTERRUPTED, WRONG, UsageError
 from .options import Options
 
-SELFTEST, COMPARE = "selftest", "compare"
-NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE)
+SELFTEST, COMPARE, REPORT = "selftest", "compare", "report"
+NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE, REPORT)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAST, COLD = "last", "cold"
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
@@ -74,6 +89,10 @@ def run(options: Options, console: rich.console.Console) -> int:
     thresholds = compare.thresholds_of(options.thresholds)
     if options.names[:1] == (COMPARE,):
         return _compare(options, thresholds, console)
+    if options.names[:1] == (REPORT,):
+        return _report(options, console)
+    if options.readme:
+        raise UsageError("--readme is for report: nearpeak bench report bench/results/*.json --readme README.md")
     found = results.Results(machine.describe())
     unfinished = None
     if options.resume:
@@ -158,6 +177,21 @@ def _compare(options: Options, thresholds: dict[str, float], console: rich.conso
     return _compared(before, after, thresholds, options, console)
 
 
+def _report(options: Options, console: rich.console.Console) -> int:
+    if len(options.names) == 1:
+        raise UsageError("report takes files of results: nearpeak bench report zen3.json zen4.json")
+    found = machines.gather(pathlib.Path(name) for name in options.names[1:])
+    console.print(table.to_rich(machines.operators_table(found), console))
+    console.print(f"[dim]{machines.EXPLANATION}")
+    if options.readme:
+        for path in readme.write(options.readme, found):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    stem = history.FOLDER.parent / REPORT
+    _write_one(options.markdown or stem.with_suffix(".md"), report.machines_to_markdown(found), console)
+    _write_one(options.html or stem.with_suffix(".html"), report.machines_to_html(found), console)
+    return 0
+
+
 def _against(name: str, found: results.Results, thresholds, options: Options, console) -> int:
     """Hold this run against a file, or against the last one of this machine."""
     path = history.last(found) if name == LAST else pathlib.Path(name)
@@ -221,7 +255,7 @@ def _write(found: results.Results, options: Options, console: rich.console.Conso
     files = {
         stem.with_suffix(".json"): results.Results.to_json,
         options.json: results.Results.to_json,
-        options.markdown or stem.with_suffix(".md"): _to_markdown,
+        options.markdown or stem.with_suffix(".md"): report.to_markdown,
         options.html or stem.with_suffix(".html"): report.to_html,
         options.csv: table.to_csv,
     }
@@ -236,9 +270,3 @@ def _write_one(path: pathlib.Path, text: str, console: rich.console.Console) -> 
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     except OSError as error:
         console.print(f"[red]could not write {path}: {error.strerror or error}", soft_wrap=True)
-
-
-def _to_markdown(found: results.Results) -> str:
-    facts = "".join(f"- {name}: {value}\n" for name, value in report.machine_facts(found))
-    tables = [*([table.summary_table(found.rows)] if found.rows else []), *report.tables_of(found)]
-    return f"## nearpeak bench, {found.created}\n\n{facts}\n{table.to_markdown(tables)}"

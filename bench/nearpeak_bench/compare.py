@@ -111,7 +111,7 @@ def show(comparison: Comparison, console: rich.console.Console) -> None:
 
 def to_markdown(comparison: Comparison) -> str:
     """For a pull request: the verdict first, then all rows."""
-    shown = table.to_markdown([_table(comparison)]).removesuffix(f"{table.EXPLANATION}\n").rstrip()
+    shown = table.to_markdown([_table(comparison)]).rstrip()
     remarks = "\n\n".join(_remarks(comparison))
     return f"## nearpeak bench compare\n\n{remarks}\n\n{shown}\n"
 

@@ -37,6 +37,7 @@ class Options:
     html: pathlib.Path | None = None
     markdown: pathlib.Path | None = None
     csv: pathlib.Path | None = None
+    readme: pathlib.Path | None = None
 
     @classmethod
     def of(cls, suites, dtype, case, time_budget, threshold, **others) -> "Options":

@@ -26,8 +26,8 @@ PANEL_INCHES = 1.8
 # What is drawn in it takes the page's text colour, in light and in dark.
 INK = "#123456"
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.right": False,
-         "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
+         "svg.fonttype": "none", "svg.hashsalt": "nearpeak", "font.family": "sans-serif", "font.size": 9,
+         "axes.spines.right": False, "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
 
 
 def _label(row: Row, candidate: Measurement) -> str:
@@ -39,11 +39,11 @@ def _label(row: Row, candidate: Measurement) -> str:
     return " ".join(parts)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure, ink: str = "currentColor") -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg[svg.index("<svg") :].replace(INK, ink)
 
 
 def _axes(rows: int, bars: int):
@@ -82,7 +82,7 @@ def speedup_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(names)]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), frameon=False,
                     fontsize=8, handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
@@ -99,7 +99,7 @@ def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=c, label=f"bound by {n}") for n, c in LIMIT_COLOURS.items()]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8,
                     handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
@@ -131,7 +131,7 @@ def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
         axes.set_ylabel("GFLOP/s")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, handlelength=1,
                     columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def growth_chart(growths: list[Growth]) -> str:
@@ -154,7 +154,7 @@ def growth_chart(growths: list[Growth]) -> str:
         handles.append(line(color=INK, linestyle=":", label="limit"))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8,
                       handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def _growth_panel(axes, each: Growth, colours: dict[str, str]) -> None:

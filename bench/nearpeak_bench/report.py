@@ -1,17 +1,20 @@
-"""The HTML report: one page that holds everything and asks the network for nothing."""
+"""The HTML reports, of one run and of several machines: pages that hold everything and ask the network for nothing."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 
 import jinja2
 
-from . import growth, plots, table
+from . import growth, history, machines, overview, plots, table
 from .results import Results
 
 FIGURE = re.compile(r"~?(\d+(?:\.\d+)?(?:e[+-]?\d+)?) ?(s|ms|µs|MiB|GiB|x|%)?(?: \(|$)")
 UNITS = {"ms": 1e-3, "µs": 1e-6, "MiB": 2.0**20, "GiB": 2.0**30}
-TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
+TEMPLATES = pathlib.Path(__file__).parent
+# Of the history, the newest: a line of more cannot be read, and each takes a while to load.
+MOST_RUNS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +115,64 @@ def sort_value(cell: str) -> str:
     return repr(float(found.group(1)) * UNITS.get(found.group(2), 1.0))
 
 
+def _history(results: Results) -> list[Chart]:
+    """A chart per operator that earlier runs of this machine have too."""
+    runs = [run for _, run in itertools.islice(history.earlier(results), MOST_RUNS - 1)]
+    runs = [*reversed(runs), results]
+    charts = {}
+    for course in history.courses(runs):
+        charts.setdefault(course.row.operator, []).append(course)
+    return [
+        Chart(f"{name}: how many times faster, run by run", overview.history_chart(courses, runs))
+        for name, courses in charts.items()
+    ]
+
+
 def to_html(results: Results) -> str:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["sort_value"] = sort_value
-    return environment.from_string(TEMPLATE.read_text()).render(
+    """The page of one run."""
+    return _render(
+        "report.html.j2",
         results=results,
         facts=machine_facts(results),
         summary=table.summary_table(results.rows),
         tables=tables_of(results),
         charts=_charts(results),
+        past=_history(results),
         explanation=table.EXPLANATION,
     )
+
+
+def to_markdown(results: Results) -> str:
+    """The tables of one run, for a pull request."""
+    facts = "".join(f"- {name}: {value}\n" for name, value in machine_facts(results))
+    summary = [table.summary_table(results.rows)] if results.rows else []
+    shown = table.to_markdown([*summary, *tables_of(results)])
+    return f"## nearpeak bench, {results.created}\n\n{facts}\n{shown}\n{table.EXPLANATION}\n"
+
+
+def machines_to_markdown(found: list[machines.Machine]) -> str:
+    """The tables of several machines side by side, for a pull request."""
+    shown = table.to_markdown([machines.operators_table(found), machines.rows_table(found)])
+    return f"## nearpeak bench: {', '.join(machine.name for machine in found)}\n\n{shown}\n{machines.EXPLANATION}\n"
+
+
+def machines_to_html(found: list[machines.Machine]) -> str:
+    """The page of several machines side by side."""
+    return _render(
+        "machines.html.j2",
+        machines=found,
+        operators=machines.operators_table(found),
+        rows=machines.rows_table(found),
+        overview=overview.speedup_overview(found),
+        facts={machine.name: machine_facts(machine.results) for machine in found},
+        models={machine.name: table.model_table(machine.results.model) for machine in found if machine.results.model},
+        past={machine.name: _history(machine.results) for machine in found},
+        explanation=machines.EXPLANATION,
+    )
+
+
+def _render(template: str, **names) -> str:
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["sort_value"] = sort_value
+    return environment.get_template(template).render(**names)

@@ -70,10 +70,10 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def seconds_text(seconds: float) -> str:
     unit, size = _unit(seconds)
-    return f"{_figure(seconds / size)} {unit}"
+    return f"{figure_text(seconds / size)} {unit}"
 
 
-def _figure(value: float) -> str:
+def figure_text(value: float) -> str:
     """Three significant figures, and never an exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -97,11 +97,11 @@ def _short(value: float) -> str:
 
 def spread_text(spread: Spread) -> str:
     _, size = _unit(spread.median)
-    return f"{seconds_text(spread.median)} ({_figure(spread.lower / size)}-{_figure(spread.upper / size)})"
+    return f"{seconds_text(spread.median)} ({figure_text(spread.lower / size)}-{figure_text(spread.upper / size)})"
 
 
 def ratio_text(ratio: Ratio) -> str:
-    return f"{_figure(ratio.value)}x ({_figure(ratio.lower)}-{_figure(ratio.upper)})"
+    return f"{figure_text(ratio.value)}x ({figure_text(ratio.lower)}-{figure_text(ratio.upper)})"
 
 
 def slowest_ratio(candidate: Measurement) -> Ratio | None:
@@ -256,7 +256,7 @@ def _summary_line(operator, direction, dtype, backend, members) -> Line:
         row, candidate, slowest = min(timed, key=lambda member: member[2].value)
         name = next(name for name, ratio in candidate.ratios.items() if ratio is slowest)
         mean = statistics.geometric_mean(ratio.value for _, _, ratio in timed)
-        cells += [f"{_figure(mean)}x", f"{_figure(slowest.value)}x", f"{row.shape} ({name})"]
+        cells += [f"{figure_text(mean)}x", f"{figure_text(slowest.value)}x", f"{row.shape} ({name})"]
         if mark == "fine" and slowest.verdict == SLOWER and row.limit_seconds is not None:
             mark = "worst"
     else:
@@ -327,17 +327,18 @@ def _folded_header(header: str) -> str:
     return header.replace(".", ".\n").replace(" ", "\n")
 
 
-def to_markdown(tables: Iterable[Table]) -> str:
-    """The tables for a pull request."""
+def to_markdown(tables: Iterable[Table], title: bool = True) -> str:
+    """The tables for a pull request, each below its title."""
     parts = []
     for table in tables:
-        head = [f"### {table.title}", "", _markdown_line(table.headers), _markdown_line(["---"] * len(table.headers))]
+        head = [f"### {table.title}", ""] if title else []
+        head += [_markdown_line(table.headers), _markdown_line(["---"] * len(table.headers))]
         for line in table.lines:
             emphasis = {"worst": "**", "bad": "**", "fine": ""}[line.mark]
             head.append(_markdown_line(f"{emphasis}{cell}{emphasis}" if cell else "" for cell in line.cells))
         notes = [f"- {line.name}: {line.note}" for line in table.lines if line.note]
         parts.append("\n".join([*head, "", *notes, *_markdown_commands(table)]).rstrip() + "\n")
-    return "\n".join([*parts, EXPLANATION, ""])
+    return "\n".join(parts)
 
 
 def _markdown_commands(table: Table) -> list[str]:

@@ -33,7 +33,7 @@ Suites = Annotated[
     typer.Argument(
         help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
         "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
-        "between two files of results."
+        "between two files of results. report FILE...: the results of several machines side by side."
     ),
 ]
 Full = Annotated[
@@ -150,6 +150,15 @@ Markdown = Annotated[Path, typer.Option(help="Where to write the tables as Markd
 
 Csv = Annotated[Path, typer.Option(help="Where to write every figure of the tables, as CSV.", rich_help_panel=FILES)]
 
+Readme = Annotated[
+    Path,
+    typer.Option(
+        help="Of report: a README that holds two markers; what stands between them becomes the results, and the chart "
+        "is written to docs/ beside it.",
+        rich_help_panel=FILES,
+    ),
+]
+
 
 def bench(
     suites: Suites = None,
@@ -174,6 +183,7 @@ def bench(
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
+    readme: Readme = None,
 ) -> None:
     """Measure the kernels against what you have today, and against what this machine could do.
 
@@ -202,6 +212,8 @@ def bench(
       What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
 
       What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+      Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
 
     Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
     whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
