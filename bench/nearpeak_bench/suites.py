@@ -122,6 +122,16 @@ def select(
     ]
 
 
+def only(pattern: str, kernel: str) -> Case:
+    """The one case of that name, or whose name holds the pattern, that the kernel runs in; UsageError if not one."""
+    found = [case for _, case in select(SUITES, full=True, pattern=pattern) if kernel in case.operator.implementations]
+    exact = [case for case in found if case.name == pattern]
+    if len(exact or found) != 1:
+        names = ", ".join(case.name for case in found[:5]) or "none"
+        raise UsageError(f"--filter {pattern!r} must leave one row, not {len(found)}: {names}")
+    return (exact or found)[0]
+
+
 def find(name: str) -> Case:
     """The case of that name."""
     return next(case for cases in SUITES.values() for case in cases if case.name == name)

@@ -20,7 +20,8 @@ Suites = Annotated[
     typer.Argument(
         help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
         "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
-        "between two files of results. report FILE...: the results of several machines side by side."
+        "between two files of results. report FILE...: the results of several machines side by side. bisect GOOD BAD: "
+        "the commit that made a row slower or wrong."
     ),
 ]
 Full = Annotated[
@@ -145,6 +146,8 @@ def bench(
       What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
 
       What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+      Which commit made a row slower:  [cyan]nearpeak bench bisect v0.1 HEAD --filter gelu-512x3072-float32-forward[/]
 
       Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
 
