@@ -166,7 +166,7 @@ def check(
     isolate: Isolate = True,
     time_limit: TimeLimit = 180.0,
 ) -> None:
-    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in a minute.
+    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in half a minute.
 
     The first thing to run on new hardware. Each operator runs on small odd shapes, forward and with its gradients, and
     is held against its definition in float64; it may err as the plain PyTorch layer does, and no more. What crashes is
