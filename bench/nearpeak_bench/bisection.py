@@ -1,4 +1,4 @@
-"""`nearpeak bench bisect GOOD BAD --filter ROW`: which commit made a row slower, or wrong?
+"""`nearpeak bench bisect GOOD BAD --case ROW`: which commit made a row slower, or wrong?
 
 Two temporary work trees are made, so that the user's own is left alone: one stays at GOOD, in the other `git bisect
 run` walks through the commits. Each is built and run against GOOD, in turns (duel.py). Where BAD is slower than GOOD, a
@@ -31,7 +31,7 @@ PROCESS_MARGIN = 0.05
 def run(options: Options, thresholds: dict[str, float], console: rich.console.Console) -> int:
     """Do what the command line asks for, and return the exit code."""
     if len(options.names) != 3:
-        raise UsageError("bisect takes two commits: nearpeak bench bisect GOOD BAD --filter ROW")
+        raise UsageError("bisect takes two commits: nearpeak bench bisect GOOD BAD --case ROW")
     top = pathlib.Path(git(pathlib.Path.cwd(), "rev-parse", "--show-toplevel"))
     kernel, files = "nearpeak", []
     for path in options.add:
@@ -43,7 +43,7 @@ def run(options: Options, thresholds: dict[str, float], console: rich.console.Co
         files.append(str(path.resolve().relative_to(top.resolve())))
     if not files and not (top / "kernels" / "nearpeak").exists():
         raise UsageError(f"{top} is not nearpeak's repository: --add the file there that holds your kernel")
-    case = suites.only(options.pattern, kernel)
+    case = suites.only(options.cases, options.pattern, kernel)
     contest = duel.Contest(case.name, kernel, files, options.time_limit)
     margin = thresholds.get(case.operator.name, thresholds.get(compare.ANY))
     return find(top, *options.names[1:], contest, margin or PROCESS_MARGIN, console)

@@ -14,14 +14,17 @@ An operator and its implementations are written like this (see norm.py):
         return lambda: nearpeak.rms_norm(x, weight)
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 # Of the inputs that are timed, and of those on which candidates are checked again afterwards.
-SEED, FRESH_SEEDS = 0, (100, 101, 102)
+SEED, FRESH_SEED = 0, 100
+# Of a few elements one layer rounds some better by chance: then so many draws are judged together (exactness.py).
+DRAW_SEEDS = range(101, 109)
 
 
 # Every operator that was made, in its order.
@@ -93,6 +96,25 @@ class Operator:
         return register
 
 
+class Variant(NamedTuple):
+    """How a case was made of another (variants.py). base: that one's name; sweep: "S=256", or empty; threads: None for
+    as many as PyTorch takes; cold: its data are in no cache when a sample begins."""
+
+    base: str = ""
+    sweep: str = ""
+    threads: int | None = None
+    cold: bool = False
+
+
+UNVARIED = Variant()
+
+
+def conditions(threads: int | None, cold: bool) -> str:
+    """What a shape ends in."""
+    counted = f" {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+    return counted + (" cold" if cold else "")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     operator: Operator
@@ -100,10 +122,11 @@ class Case:
     dtype: torch.dtype
     direction: str = "forward"
     quick: bool = False
+    variant: Variant = UNVARIED
 
     @property
     def shape(self) -> str:
-        return self.operator.shape.format(**self.parameters)
+        return self.operator.shape.format(**self.parameters) + conditions(self.variant.threads, self.variant.cold)
 
     @property
     def dtype_name(self) -> str:
@@ -112,6 +135,16 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operator.name}-{self.shape.replace(' ', '-')}-{self.dtype_name}-{self.direction}"
+
+    @contextlib.contextmanager
+    def in_its_threads(self) -> Iterator[None]:
+        """PyTorch uses as many threads as the case asks for, and afterwards as many as before."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.variant.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def work(self) -> Work | None:
         work = self.operator.work.get(self.direction)

@@ -13,6 +13,7 @@ from . import (
     journal,
     machine,
     machines,
+    profiling,
     readme,
     report,
     results,
@@ -20,6 +21,7 @@ from . import (
     session,
     suites,
     table,
+    variants,
 )
 from .exits import CRASHED, INTERRUPTED, WRONG, UsageError
 from .options import Options
@@ -31,12 +33,12 @@ READS = {
     SELFTEST: set(),
     COMPARE: {"thresholds", "markdown", "csv"},
     REPORT: {"markdown", "html", "readme"},
-    BISECT: {"thresholds", "pattern", "add", "time_limit"},
+    BISECT: {"thresholds", "cases", "pattern", "add", "time_limit"},
 }
-SPELLED = {"pattern": "--filter", "dtypes": "--dtype", "budget": "--time-budget", "thresholds": "--threshold",
-           "isolate": "--no-isolate"}  # fmt: skip
+SPELLED = {"pattern": "--filter", "cases": "--case", "dtypes": "--dtype", "budget": "--time-budget",
+           "thresholds": "--threshold", "isolate": "--no-isolate"}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAST = "last"
+LAST, COLD = "last", "cold"
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
 
 
@@ -65,6 +67,20 @@ def _choose(options: Options) -> tuple[bool, list]:
         if limit is not None and not limit > 0:
             raise UsageError(f"the {name} must be more than 0, not {limit:g}")
     with_model = "model" in options.names or "all" in options.names
+    if with_model and (options.varies or options.profile):
+        raise UsageError("--sweep, --threads, --caches and --profile are of kernels' cases: leave model and all out")
+    cases = _named(options) if options.cases else _matching(options)
+    return with_model, _varied(cases, options) if options.varies else cases
+
+
+def _named(options: Options) -> list:
+    """The cases of --case, whichever suites they are in, quick or not."""
+    if options.names or options.dtypes or options.pattern:
+        raise UsageError("--case names a whole case: leave the suites, --dtype and --filter out")
+    return suites.named(options.cases)
+
+
+def _matching(options: Options) -> list:
     wanted = [name for name in suites.SUITES if name in options.names]
     if "all" in options.names or not options.names:
         wanted = list(suites.SUITES)
@@ -73,7 +89,17 @@ def _choose(options: Options) -> tuple[bool, list]:
     if wanted and not cases:
         hint = "" if options.full else ", or --full for more cases"
         raise UsageError(f"no case of {', '.join(wanted)} matches: try a shorter --filter or other --dtype{hint}")
-    return with_model, _narrowed(cases, options) if options.add else cases
+    return _narrowed(cases, options) if options.add else cases
+
+
+def _varied(cases: list, options: Options) -> list:
+    """The variants of the chosen cases, each once."""
+    planned = variants.plan(cases, options.sweep, options.threads, options.caches == COLD)
+    made = {}
+    for suite, variant in planned:
+        case = suites.vary(variant)
+        made.setdefault(case.name, (suite, case))
+    return list(made.values())
 
 
 def run(options: Options, console: rich.console.Console) -> int:
@@ -101,6 +127,8 @@ def run(options: Options, console: rich.console.Console) -> int:
         console.print(f"{path} adds {suites.add(path)}", highlight=False, soft_wrap=True)
     with_model, cases = _choose(options)
     console.print(_machine_line(found.machine))
+    if options.profile:
+        return _profile(options, cases, console)
     finished = {row.case for row in found.rows}
     cases = [(suite, case) for suite, case in cases if case.name not in finished]
     if unfinished:
@@ -114,6 +142,13 @@ def run(options: Options, console: rich.console.Console) -> int:
         return INTERRUPTED
     code = _code_of(found)
     return code or (_against(options.against, found, thresholds, options, console) if options.against else 0)
+
+
+def _profile(options: Options, cases: list, console: rich.console.Console) -> int:
+    written = (options.json, options.html, options.markdown, options.csv)
+    if any(written) or options.against or options.thresholds or options.budget or options.caches == COLD:
+        raise UsageError("--profile times nothing: leave --caches, --time-budget, --against, --threshold and files out")
+    return profiling.run(options.profile, cases, console)
 
 
 def _resumed(options: Options, now: results.Results) -> tuple[pathlib.Path, Options, results.Results]:
@@ -136,7 +171,7 @@ def _measure(with_model: bool, cases: list, options: Options, found: results.Res
         if with_model and not found.model:
             found.model = _run_model(console, quick=not options.full, alone=not cases)
         if cases:
-            session.run(cases, settings, options.to_json(), found, console)
+            session.run(cases, settings, options, found, console)
         found.complete = True
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted: keeping what was finished. Go on with: nearpeak bench --resume")

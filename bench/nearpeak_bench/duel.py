@@ -71,7 +71,9 @@ class _Process:
         if code < 0:
             raise Gone("crashed", signal.Signals(-code).name)
         self._errors.seek(0)
-        raise Gone(UNUSABLE, (self._errors.read().strip() or "no message").splitlines()[-1])
+        # Of a traceback the last line at its margin; a message may go on below it, indented.
+        lines = [line.strip() for line in self._errors if line.strip() and not line[0].isspace()]
+        raise Gone(UNUSABLE, lines[-1] if lines else f"ended with code {code}")
 
     def turn(self) -> list[float]:
         with contextlib.suppress(BrokenPipeError):

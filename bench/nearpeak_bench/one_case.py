@@ -55,7 +55,7 @@ def _prepared(case: Case, kernel: str, device: torch.device) -> tuple[Measuremen
     Baselines that torch.compile makes are left out: they cost seconds in every process.
     """
     implementations = case.operator.implementations
-    examiner = runner.Examiner(case, case.inputs(device))
+    examiner = runner.Examiner(case, device)
     measurement = Measurement(kernel, baseline=False, backend="")
     calls = {kernel: examiner.examine(implementations[kernel], measurement)}
     for name, each in implementations.items():

@@ -7,7 +7,7 @@ import re
 
 import jinja2
 
-from . import history, machines, overview, plots, table
+from . import growth, history, machines, overview, plots, table
 from .results import Results
 
 FIGURE = re.compile(r"~?(\d+(?:\.\d+)?(?:e[+-]?\d+)?) ?(s|ms|µs|MiB|GiB|x|%)?(?: \(|$)")
@@ -26,7 +26,7 @@ class Chart:
 
 
 def _charts(results: Results) -> dict[str, list[Chart]]:
-    """By suite, three charts for each operator."""
+    """By title of the table that they belong to: of a suite, three charts for each operator; of growth, one each."""
     charts: dict[str, list[Chart]] = {}
     by_operator: dict[tuple[str, str], list] = {}
     for row in results.rows:
@@ -43,6 +43,18 @@ def _charts(results: Results) -> dict[str, list[Chart]]:
         if counted and results.peaks:
             description = f"{operator}: roofline, rate over operations per byte"
             found.append(Chart(description, plots.roofline_chart(counted, results.peaks)))
+    return charts | _growth_charts(results)
+
+
+def _growth_charts(results: Results) -> dict[str, list[Chart]]:
+    groups: dict[tuple[str, str], list[growth.Growth]] = {}
+    for each in growth.growths(results.rows):
+        op, _, dtype = table.case_cells(each.row, each.shape)
+        description = f"{op} {dtype}: time over {each.dimension}, both logarithmic"
+        groups.setdefault((table.growth_title(each.row.suite), description), []).append(each)
+    charts: dict[str, list[Chart]] = {}
+    for (title, description), members in groups.items():
+        charts.setdefault(title, []).append(Chart(description, plots.growth_chart(members)))
     return charts
 
 
@@ -62,6 +74,8 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
         ("Versions", versions),
         ("Commit", machine["commit"] or "unknown"),
     ]
+    if results.rows:
+        facts.append(("Caches and outputs", _modes(results)))
     if results.noise is not None:
         facts.append(("Noise", f"one call differs from itself by up to {100 * results.noise:.1f} %"))
     if absent := table.absent(results.rows):
@@ -77,10 +91,19 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
     return facts
 
 
+def _modes(results: Results) -> str:
+    states = {
+        False: "warm caches, as the preceding call leaves them",
+        True: "cold caches, emptied before each sample, where a row says so",
+    }
+    used = [text for cold, text in states.items() if any(row.cold == cold for row in results.rows)]
+    return "; ".join([*used, "fresh outputs, but for operators whose name ends in out or inplace"])
+
+
 def tables_of(results: Results) -> list[table.Table]:
     """The tables of the suites in the order in which they ran, then the model's."""
     suites = dict.fromkeys(row.suite for row in results.rows)
-    tables = [table.suite_table(suite, results.rows) for suite in suites]
+    tables = [each for suite in suites for each in table.suite_tables(suite, results.rows)]
     if results.model:
         tables.append(table.model_table(results.model))
     return tables

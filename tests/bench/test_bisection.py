@@ -52,7 +52,7 @@ def commits(tmp_path, monkeypatch):
 
 
 def bisect(good, bad, *options):
-    return invoke("bench", "bisect", good, bad, "--add", "mine.py", "--filter", ROW, *options)
+    return invoke("bench", "bisect", good, bad, "--add", "mine.py", "--case", ROW, *options)
 
 
 def test_the_commit_that_made_a_row_slower_is_found(commits):
@@ -97,7 +97,7 @@ def test_what_is_no_regression_is_said(commits, good, bad, message):
     (["bisect", "HEAD"], "bisect takes two commits"),
     (["bisect", "HEAD", "HEAD", "--filter", ROW], "is not nearpeak's repository"),
     (["bisect", "no-such", "HEAD", "--add", "mine.py", "--filter", ROW], "git rev-parse"),
-    (["bisect", "HEAD", "HEAD", "--add", "mine.py", "--filter", "rms_norm-16x768"], "must leave one row, not "),
+    (["bisect", "HEAD", "HEAD", "--add", "mine.py", "--filter", "rms_norm-16x768"], "must leave one row of mine, not "),
 ])  # fmt: skip
 def test_wrong_requests_get_one_line(commits, arguments, message):
     commits(KERNEL.format(times=1, factor=1))
