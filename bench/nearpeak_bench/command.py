@@ -7,6 +7,7 @@ import rich.console
 import torch
 
 from . import (
+    bisection,
     compare,
     history,
     journal,
@@ -25,11 +26,32 @@ from . import (
 from .exits import CRASHED, INTERRUPTED, WRONG, UsageError
 from .options import Options
 
-SELFTEST, COMPARE, REPORT = "selftest", "compare", "report"
-NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE, REPORT)
+SELFTEST, COMPARE, REPORT, BISECT = "selftest", "compare", "report", "bisect"
+NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE, REPORT, BISECT)
+# The options that are read by what is no run.
+READS = {
+    SELFTEST: set(),
+    COMPARE: {"thresholds", "markdown", "csv"},
+    REPORT: {"markdown", "html", "readme"},
+    BISECT: {"thresholds", "cases", "pattern", "add", "time_limit"},
+}
+SPELLED = {"pattern": "--filter", "cases": "--case", "dtypes": "--dtype", "budget": "--time-budget",
+           "thresholds": "--threshold", "isolate": "--no-isolate"}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAST, COLD = "last", "cold"
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
+
+
+def _check_options(options: Options) -> None:
+    """UsageError for an option that what was asked for would leave unread."""
+    given = {name for name, value in vars(options).items() if value != getattr(Options(), name)} - {"names"}
+    name = options.names[0] if options.names[:1] and options.names[0] in READS else None
+    unread = given - READS[name] if name else given & {"readme"}
+    if "thresholds" in given and not name and not options.against:
+        unread.add("thresholds")
+    if unread:
+        option = SPELLED.get(min(unread), f"--{min(unread).replace('_', '-')}")
+        raise UsageError(f"{name or 'a run'} does nothing with {option}: see nearpeak bench --help")
 
 
 def _choose(options: Options) -> tuple[bool, list]:
@@ -82,17 +104,19 @@ def _varied(cases: list, options: Options) -> list:
 
 def run(options: Options, console: rich.console.Console) -> int:
     """Do what `options` ask for and return the exit code (exits.py)."""
-    if SELFTEST in options.names:
-        if len(options.names) > 1:
-            raise UsageError("selftest runs alone: nearpeak bench selftest")
-        return selftest.run(console)
+    if SELFTEST in options.names and len(options.names) > 1:
+        raise UsageError("selftest runs alone: nearpeak bench selftest")
     thresholds = compare.thresholds_of(options.thresholds)
-    if options.names[:1] == (COMPARE,):
-        return _compare(options, thresholds, console)
-    if options.names[:1] == (REPORT,):
-        return _report(options, console)
-    if options.readme:
-        raise UsageError("--readme is for report: nearpeak bench report bench/results/*.json --readme README.md")
+    _check_options(options)
+    match options.names[:1]:
+        case ("selftest",):
+            return selftest.run(console)
+        case ("compare",):
+            return _compare(options, thresholds, console)
+        case ("report",):
+            return _report(options, console)
+        case ("bisect",):
+            return bisection.run(options, thresholds, console)
     found = results.Results(machine.describe())
     unfinished = None
     if options.resume:
@@ -159,6 +183,8 @@ def _show(found: results.Results, console: rich.console.Console) -> None:
         if len({row.suite for row in found.rows}) > 1 or not found.complete:
             console.print(table.to_rich(table.summary_table(found.rows), console))
         console.print(f"[dim]{table.EXPLANATION}")
+        if absent := table.absent(found.rows):
+            console.print(f"[yellow]not compared with:[/] {absent}", highlight=False)
     if found.model and found.rows:
         console.print(table.to_rich(table.model_table(found.model), console))
 

@@ -78,6 +78,8 @@ def machine_facts(results: Results) -> list[tuple[str, str]]:
         facts.append(("Caches and outputs", _modes(results)))
     if results.noise is not None:
         facts.append(("Noise", f"one call differs from itself by up to {100 * results.noise:.1f} %"))
+    if absent := table.absent(results.rows):
+        facts.append(("Baselines that are absent", absent))
     if results.peaks:
         rates = results.peaks.multiply_add.items()
         largest = max(results.peaks.copy)

@@ -133,6 +133,16 @@ def select(
     ]
 
 
+def only(names: Iterable[str], pattern: str, kernel: str) -> Case:
+    """The one case that is named, or whose name holds the pattern, of those the kernel runs in; else UsageError."""
+    chosen = named(names) if names else select(SUITES, full=True, pattern=pattern)
+    found = [case for _, case in chosen if kernel in case.operator.implementations]
+    if len(found) != 1:
+        listed = ", ".join(case.name for case in found[:5]) or "none"
+        raise UsageError(f"--case or --filter must leave one row of {kernel}, not {len(found)}: {listed}")
+    return found[0]
+
+
 def named(names: Iterable[str]) -> list[tuple[str, Case]]:
     """(suite, case) pairs of these names, quick or not, in the suites' order; UsageError for one that no case has."""
     names = set(names)

@@ -228,6 +228,12 @@ def _exponent_text(fitted: growth.Fit | None) -> str:
     return f"{fitted.exponent:.2f} ({fitted.lower:.2f}-{fitted.upper:.2f})" if fitted else ""
 
 
+def absent(rows: Iterable[Row]) -> str:
+    """The baselines that could not be run, and what they lack; empty where all could."""
+    found = {m.implementation: m.note for row in rows for m in row.baselines() if m.status == "absent"}
+    return ", ".join(f"{name} ({why})" for name, why in found.items())
+
+
 def summary_table(rows: list[Row]) -> Table:
     """One line per operator, dtype and direction: against the fastest baseline of each row."""
     groups: dict[tuple, list[tuple[Row, Measurement]]] = {}

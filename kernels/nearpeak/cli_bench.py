@@ -33,7 +33,8 @@ Suites = Annotated[
     typer.Argument(
         help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
         "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
-        "between two files of results. report FILE...: the results of several machines side by side."
+        "between two files of results. report FILE...: the results of several machines side by side. bisect GOOD BAD: "
+        "the commit that made a row slower or wrong."
     ),
 ]
 Full = Annotated[
@@ -213,6 +214,8 @@ def bench(
 
       What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
 
+      Which commit made a row slower:  [cyan]nearpeak bench bisect v0.1 HEAD --case gelu-512x3072-float32-forward[/]
+
       Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
 
     Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
@@ -230,7 +233,7 @@ def check(
     isolate: Isolate = True,
     time_limit: TimeLimit = 180.0,
 ) -> None:
-    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in a minute.
+    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in half a minute.
 
     The first thing to run on new hardware. Each operator runs on small odd shapes, forward and with its gradients, and
     is held against its definition in float64; it may err as the plain PyTorch layer does, and no more. What crashes is

@@ -104,7 +104,7 @@ def test_report_writes_pages_with_every_machine(here, there):
     [
         (["report"], "report takes files of results"),
         (["report", "no.json"], "cannot read no.json"),
-        (["norm", "--readme", "README.md"], "--readme is for report"),
+        (["norm", "--readme", "README.md"], "a run does nothing with --readme"),
     ],
 )
 def test_wrong_reports_get_one_line(here, arguments, message):
