@@ -63,7 +63,7 @@ def _compiling_for(target: Target) -> Iterator[list[Compiled]]:
 
     def every_configuration(autotuner, *arguments, **options):
         for config in autotuner.configs:
-            configurations.append(str(config))
+            configurations.append(_text(config))
             # What is tuned is not the caller's to say.
             autotuner.fn.run(*arguments, **{**options, **config.all_kwargs()})
             configurations.pop()
@@ -75,6 +75,11 @@ def _compiling_for(target: Target) -> Iterator[list[Compiled]]:
         mock.patch.object(triton_launch, "describe", return_value=target.device),
     ):
         yield compiled
+
+
+def _text(config) -> str:
+    """What an autotuner's configuration sets."""
+    return " ".join(f"{name}={value}" for name, value in config.all_kwargs().items() if name != "num_ctas" or value > 1)
 
 
 def compile_launches(case: Case, target: Target) -> list[Compiled]:

@@ -50,21 +50,10 @@ class Estimate:
     loaded: int  # bytes of global memory
     stored: int
     memory_cycles: float  # of the processor's share of the board's bandwidth
+    bound: str  # the busiest pipe
+    bound_cycles: float
+    cached: float  # the share of the traffic that caches must serve for `bound` to be the bound
     unknown: int  # instructions whose size is not in the code, which are not counted
-
-    @property
-    def bound(self) -> str:
-        """The busiest pipe."""
-        return max(self.cycles, key=self.cycles.get, default="")
-
-    @property
-    def bound_cycles(self) -> float:
-        return self.cycles.get(self.bound, 0.0)
-
-    @property
-    def cached(self) -> float:
-        """The share of the traffic that caches must serve for `bound` to be the bound."""
-        return max(0.0, 1 - self.bound_cycles / self.memory_cycles) if self.memory_cycles else 0.0
 
 
 def estimate(instructions: list[Instruction], looped: bool, target: Target, warps: int) -> Estimate:
@@ -85,6 +74,8 @@ def estimate(instructions: list[Instruction], looped: bool, target: Target, warp
         return sum(of(each.use) * (1 if each.use.once else warps) for each in instructions)
 
     loaded, stored = total(lambda use: use.loaded), total(lambda use: use.stored)
+    memory_cycles = (loaded + stored) / rates.memory
+    bound = max(cycles, key=cycles.get)
     counts = collections.Counter(pipe_of(each) for each in instructions)
     return Estimate(
         looped=looped,
@@ -95,6 +86,9 @@ def estimate(instructions: list[Instruction], looped: bool, target: Target, warp
         flops=total(lambda use: use.flops),
         loaded=loaded,
         stored=stored,
-        memory_cycles=(loaded + stored) / rates.memory,
+        memory_cycles=memory_cycles,
+        bound=bound,
+        bound_cycles=cycles[bound],
+        cached=max(0.0, 1 - cycles[bound] / memory_cycles) if memory_cycles else 0.0,
         unknown=sum(each.use.unknown for each in instructions),
     )

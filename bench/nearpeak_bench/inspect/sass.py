@@ -13,6 +13,7 @@ LINE = re.compile(r"^\s+(?:/\*\w+\*/)?\s*(?P<text>(?P<guard>@!?U?P\w+\s+)?(?P<na
 LABEL = re.compile(r"^(\.L_\w+):")
 SOURCE = re.compile(r'//## File "(?:[^"]*/)?([^"/]+)", line (\d+)')
 JUMP = re.compile(r"`\((\.L_\w+)\)")
+NEVER = re.compile(r"@!U?PT\s")  # as `@!PT LDS RZ, [RZ]`, which only fills a slot
 CONSTANT = re.compile(r"UMOV (UR\d+), (0x[0-9a-f]+)")
 
 # The first that matches the operation's name decides.
@@ -33,8 +34,7 @@ GROUPS = [
     )
 ]
 MATRIX_NAME = re.compile(r"(HMMA|IMMA|DMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC[HQIO]MMA)\b")
-WARP_SHAPE = re.compile(r"\.(8|16)(8)(4|8|16|32|64)\b")
-GROUP_SHAPE = re.compile(r"\.(64)x(\d+)x(\d+)\b")
+SHAPES = (re.compile(r"\.(8|16)(8)(4|8|16|32|64)\b"), re.compile(r"\.(\d+)x(\d+)x(\d+)\b"))  # .16816, .64x128x16
 
 
 def parse(code: str) -> list[Instruction]:
@@ -64,7 +64,7 @@ def _instruction(match, labels, constants, source) -> Instruction:
     return Instruction(
         name=name,
         text=" ".join(match["text"].split()),
-        use=use_of(name, operands, constants),
+        use=Use() if NEVER.match(match["text"]) else use_of(name, operands, constants),
         labels=labels,
         target=jump.group(1) if jump else "",
         ends=always and re.match(r"(BRA|BRX|JMP|JMX|EXIT|RET|KILL|BPT)\b", name) is not None,
@@ -108,18 +108,17 @@ def _transfer_use(name: str) -> Use | None:
 
 def _matrix_use(name: str, operands: str, constants: dict[str, int]) -> Use:
     if name.startswith("UTC"):
-        return _tensor_memory_product(operands, constants)
-    kind = _kind(name)
-    if shape := GROUP_SHAPE.search(name):
-        m, n, k = map(int, shape.groups())
-        # Four warps share the product. The second matrix always comes out of shared memory, the first one often.
-        first = not re.match(r"R\d+, R\d+", operands)
-        size = (n + m * first) * k * _operand_bytes(kind)
-        return Use(MATRIX, "lsu", size // 4, flops=2 * m * n * k // 4, kind=kind)
-    if shape := WARP_SHAPE.search(name):
-        m, n, k = map(int, shape.groups())
+        return _tensor_memory_product(name, operands, constants)
+    kind, shape = _kind(name), next(filter(None, (pattern.search(name) for pattern in SHAPES)), None)
+    if shape is None:
+        return Use(MATRIX, kind=kind, unknown=True)
+    m, n, k = map(int, shape.groups())
+    if "GMMA" not in name:
         return Use(MATRIX, flops=2 * m * n * k, kind=kind)
-    return Use(MATRIX, kind=kind, unknown=True)
+    # Four warps share the product. The second matrix always comes out of shared memory, the first one often.
+    first = not re.match(r"R\d+, R\d+", operands)
+    size = (n + m * first) * k * _operand_bytes(kind)
+    return Use(MATRIX, "lsu", size // 4, flops=2 * m * n * k // 4, kind=kind)
 
 
 def _kind(name: str) -> str:
@@ -138,14 +137,15 @@ def _operand_bytes(kind: str) -> int:
     return {"tf32": 4, "8-bit": 1, "int8": 1}.get(kind, 2)
 
 
-def _tensor_memory_product(operands: str, constants: dict[str, int]) -> Use:
+def _tensor_memory_product(name: str, operands: str, constants: dict[str, int]) -> Use:
     """A product by tcgen05, of the shape that its descriptor, a constant in a uniform register, tells."""
     register = re.search(r"idesc\[(UR\d+)\]", operands)
     descriptor = constants.get(register.group(1)) if register else None
     if descriptor is None:
         return Use(MATRIX, once=True, unknown=True)
     n, m = (descriptor >> 17 & 0x3F) * 8, (descriptor >> 24 & 0x1F) * 16
-    kind = "tf32" if descriptor >> 7 & 0x7 == 2 else "16-bit"
+    half = "tf32" if descriptor >> 7 & 0x7 == 2 else "16-bit"
+    kind = {"UTCH": half, "UTCI": "int8"}.get(name[:4], "8-bit")
     k = 32 // _operand_bytes(kind)
     # Operands are in shared memory, but where the first one stays in tensor memory.
     moved = (n + m * operands.startswith("gdesc")) * 32
