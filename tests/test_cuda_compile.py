@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton's wheel carries the disassembler")
 
-from nearpeak_bench.machine_code import nvidia_bytes, nvidia_instructions, tool
+from nearpeak_bench.inspect import sass
+from nearpeak_bench.inspect.code import tool
 
 ROOT = pathlib.Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "setup.py"))
@@ -32,7 +33,7 @@ class Kernel(NamedTuple):
 
     def accesses(self, kind: str) -> set[int]:
         """Bytes of its accesses to global memory; kind: "LDG" or "STG"."""
-        return {nvidia_bytes(name) for name in self.instructions if name.startswith(kind)}
+        return {sass.access_bytes(name) for name in self.instructions if name.startswith(kind)}
 
     def vector(self) -> int:
         """Elements of a pack: the first number among the template's arguments; 1 for kernels without."""
@@ -50,7 +51,7 @@ def compiled(source, target, folder) -> list[Kernel]:
     sections = re.split(r"^\.text\.(\w+):$", run(tool("nvdisasm"), "-c", "-novliw", str(cubin)), flags=re.MULTILINE)
     names = run("c++filt", *sections[1::2]).splitlines()
     return [
-        Kernel(name, stacks[mangled], nvidia_instructions(code))
+        Kernel(name, stacks[mangled], [each.name for each in sass.parse(code)])
         for name, mangled, code in zip(names, sections[1::2], sections[2::2], strict=True)
     ]
 

@@ -6,17 +6,17 @@ import torch
 pytest.importorskip("triton")
 
 from nearpeak.attention import triton_attention
-from nearpeak_bench.machine_code import (
-    TARGETS,
-    Case,
+from nearpeak_bench.inspect.code import compile_case
+from nearpeak_bench.inspect.compiling import Case
+from nearpeak_bench.inspect.ours import (
     attention_backward_case,
     attention_case,
-    compile_case,
     every_case,
     feedforward_case,
     norm_case,
     rotary_case,
 )
+from nearpeak_bench.inspect.targets import TARGETS
 
 BFLOAT, SINGLE = torch.bfloat16, torch.float32
 
@@ -120,7 +120,7 @@ def check(case, target):
     assert codes
     for code in codes:
         assert code.spilled == 0, f"{code.kernel} spills {code.spilled} bytes"
-        assert code.shared <= code.target.shared_limit, f"{code.kernel} takes {code.shared} bytes of shared memory"
+        assert code.shared <= TARGETS[target].shared_limit, f"{code.kernel} takes {code.shared} bytes of shared memory"
     if case.wide:
         assert all(code.load == 16 for code in codes), f"loads of {[code.load for code in codes]} bytes"
         assert max(code.store for code in codes) == 16, f"stores of {[code.store for code in codes]} bytes"

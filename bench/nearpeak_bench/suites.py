@@ -46,7 +46,7 @@ def add(path: pathlib.Path) -> Addition:
     Raises UsageError where the file cannot be run, registers nothing, or takes a name that is taken.
     """
     before = {operator: dict(operator.implementations) for operator in OPERATORS}
-    _execute(path)
+    execute(path)
     found = []
     for operator in OPERATORS:
         known = before.get(operator, {})
@@ -64,15 +64,16 @@ def add(path: pathlib.Path) -> Addition:
     return added[-1]
 
 
-def _execute(path: pathlib.Path) -> None:
+def execute(path: pathlib.Path) -> dict:
+    """Run a Python file of the user's and return its names; UsageError, with one line, where it cannot be run."""
     if not path.is_file():
-        raise UsageError(f"there is no file {path} to add")
+        raise UsageError(f"there is no file {path}")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         # The file may import what lies beside it; last, so that it hides no one else's modules.
         sys.path.append(folder)
     try:
-        runpy.run_path(str(path))
+        return runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         message = (str(error).strip() or "no message").splitlines()[0]
         lines = [
@@ -82,7 +83,7 @@ def _execute(path: pathlib.Path) -> None:
         remedy = f"`python {path}` shows more"
         if isinstance(error, ModuleNotFoundError):
             remedy = f"install {error.name}, or import it inside of the function, so that its absence costs one row"
-        raise UsageError(f"{path} cannot be added: {type(error).__name__}{where}: {message}; {remedy}") from None
+        raise UsageError(f"{path} cannot be run: {type(error).__name__}{where}: {message}; {remedy}") from None
 
 
 def use_shapes(names: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 import rich.table
 import typer
 
-from . import backends, cli_bench, system
+from . import backends, cli_bench, cli_inspect, system
 
 main = typer.Typer(
     help="Fused Transformer kernels for PyTorch: what runs here, and how fast.",
@@ -52,6 +52,7 @@ def info() -> None:
 
 main.command()(cli_bench.check)
 main.command()(cli_bench.bench)
+main.command()(cli_inspect.inspect)
 
 if __name__ == "__main__":
     main()

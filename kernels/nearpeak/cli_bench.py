@@ -222,10 +222,10 @@ def bench(
     whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
     """
     given = locals()
-    _require_modules()
+    require_modules()
     from nearpeak_bench import command
 
-    _exit_with(command.run, command.Options.of(**given))
+    exit_with(command.run, command.Options.of(**given))
 
 
 def check(
@@ -241,10 +241,10 @@ def check(
 
     Example:  [cyan]nearpeak check --filter attention[/]
     """
-    _require_modules()
+    require_modules()
     from nearpeak_bench import check as checking
 
-    _exit_with(checking.run, pattern, isolate, time_limit)
+    exit_with(checking.run, pattern, isolate, time_limit)
 
 
 def console() -> rich.console.Console:
@@ -255,12 +255,15 @@ def console() -> rich.console.Console:
     return found
 
 
-def _require_modules() -> None:
-    if any(importlib.util.find_spec(name) is None for name in MODULES):
-        raise _fail(r"this needs more packages: pip install nearpeak\[bench]")
+def require_modules(*others: str) -> None:
+    """Exit with one line where a package is missing that the harness needs, or one of `others`."""
+    missing = [name for name in (*MODULES, *others) if importlib.util.find_spec(name) is None]
+    if missing:
+        extras = "bench,triton" if "triton" in missing else "bench"
+        raise _fail(rf"this needs more packages: pip install nearpeak\[{extras}]")
 
 
-def _exit_with(run, *arguments) -> None:
+def exit_with(run, *arguments) -> None:
     """Exit with the code that `run` returns, or with one line where the request cannot be served."""
     from nearpeak_bench.exits import UsageError
 

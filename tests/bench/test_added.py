@@ -72,7 +72,7 @@ def test_kernel_that_no_case_runs_is_said(toy_suite, kernel):
 
 def test_file_that_is_not_there_is_said(toy_suite):
     result = invoke("bench", "--add", "no.py")
-    assert (result.exit_code, result.stderr) == (2, "error: there is no file no.py to add\n")
+    assert (result.exit_code, result.stderr) == (2, "error: there is no file no.py\n")
 
 
 def test_documented_example_runs(monkeypatch, tmp_path):

@@ -1,0 +1,174 @@
+"""Our Triton kernels as their launchers launch them: the cases that `nearpeak inspect` and the compile tests share."""
+
+import itertools
+
+import torch
+from nearpeak import triton_launch
+from nearpeak.attention import triton_attention
+from nearpeak.feedforward import reference as feedforward
+from nearpeak.feedforward import triton_feedforward
+from nearpeak.norm import triton_norm
+from nearpeak.rotary import triton_rotary
+
+from .compiling import Case
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_norm", rows: int = 8192) -> Case:
+    """direction: "forward", "add" (with a residual) or "backward"; layer: "rms_norm" or "layer_norm"."""
+    x, weight = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype)
+    launch = {
+        "rms_norm": {
+            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0),
+            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0),
+            "backward": lambda: triton_norm.rms_norm_backward(x, x, weight, x, 1e-6, 1.0),
+        },
+        "layer_norm": {
+            "forward": lambda: triton_norm.layer_norm(x, weight, weight, 1e-5),
+            "add": lambda: triton_norm.add_layer_norm(x, x, weight, weight, 1e-5),
+            "backward": lambda: triton_norm.layer_norm_backward(x, x, weight, weight, x, 1e-5),
+        },
+    }[layer][direction]
+    wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(f"{layer} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
+def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048) -> Case:
+    query, key = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 8, length, head_dim, dtype=dtype)
+    table = _empty(1, length, head_dim // 2, dtype=torch.float32)
+    pairs = "interleaved" if interleaved else "halves"
+    # The pairs of one position alone are fewer than 16 bytes for each thread of a warp.
+    wide = length > 1 and head_dim // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(
+        f"rotary {pairs} {head_dim} {_name(dtype)} {length} positions",
+        lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False),
+        wide=wide,
+    )
+
+
+def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) -> Case:
+    """direction: "forward" or "backward", of one packed tensor of gate and up."""
+    packed, grad, kind = (
+        _empty(512, 2 * width, dtype=dtype),
+        _empty(512, width, dtype=dtype),
+        feedforward.NAMES.index(name),
+    )
+    launch = {
+        "forward": lambda: triton_feedforward.packed_gated_activation(packed, kind, False),
+        "backward": lambda: triton_feedforward.packed_gated_activation_backward(grad, packed, kind, False),
+    }[direction]
+    wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(f"feedforward {name} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
+def _options(window, softcap) -> str:
+    """What differs from a causal call."""
+    return "".join((f" window {window}" if window != (None, 0) else "", f" softcap {softcap}" if softcap else ""))
+
+
+def attention_case(
+    head_dim: int, dtype: torch.dtype, length: int = 4096, window=(None, 0), softcap=None, group: int = 4
+) -> Case:
+    """Causal by default; length 1 is decoding, with split keys and their merge."""
+    query = _empty(1, 32, length, head_dim, dtype=dtype)
+    key = _empty(1, 32 // group, 4096, head_dim, dtype=dtype)
+    return Case(
+        f"attention {head_dim} {_name(dtype)} {length} queries{_options(window, softcap)}",
+        lambda: triton_attention.attention(query, key, key, *window, head_dim**-0.5, softcap),
+        matrix=dtype.itemsize == 2,
+    )
+
+
+def attention_backward_case(
+    head_dim: int, dtype: torch.dtype, window=(None, 0), softcap=None, group: int = 4, length: int = 4096
+) -> Case:
+    """Causal by default."""
+    query, lse = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 32, length, dtype=torch.float32)
+    key = _empty(1, 32 // group, length, head_dim, dtype=dtype)
+    return Case(
+        f"attention backward {head_dim} {_name(dtype)} group {group}{_options(window, softcap)}",
+        lambda: triton_attention.attention_backward(
+            query, lse, query, key, key, query, lse, *window, head_dim**-0.5, softcap
+        ),
+        matrix=dtype.itemsize == 2,
+    )
+
+
+def every_case() -> list[Case]:
+    """Every kernel, at widths on both sides of each decision of the launchers."""
+    single, bfloat = torch.float32, torch.bfloat16
+    norms = [
+        norm_case(width, dtype, direction, layer)
+        for layer in ("rms_norm", "layer_norm")
+        for direction in ("forward", "add", "backward")
+        for dtype in (bfloat, single)
+        for width in (64, 640, 4096, 8192, 16384, 32768, 65536)
+    ]
+    rotaries = [
+        rotary_case(head_dim, dtype, interleaved, length)
+        for interleaved in (False, True)
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+        for length in (2048, 1)
+    ]
+    options = {"window": ((None, None), (None, 0), (512, 0)), "softcap": (None, 50.0)}
+    attentions = [
+        attention_case(head_dim, dtype, length, window, softcap)
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+        for window, softcap in itertools.product(*options.values())
+        for length in (4096, 1)
+    ]
+    backwards = [
+        attention_backward_case(head_dim, dtype, window, softcap)
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+        for window, softcap in itertools.product(*options.values())
+    ]
+    feedforwards = [
+        feedforward_case(width, dtype, name, direction)
+        for name in ("gelu", "silu")
+        for direction in ("forward", "backward")
+        for dtype in (bfloat, single)
+        for width in (14336, 2050)
+    ]
+    half = torch.float16
+    odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
+    odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
+    odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
+    odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
+    return norms + rotaries + feedforwards + attentions + backwards + odd
+
+
+def common_cases() -> list[Case]:
+    """Each family at the shapes that models have most often."""
+    bfloat = torch.bfloat16
+    return [
+        *(norm_case(4096, bfloat, direction) for direction in ("forward", "add", "backward")),
+        *(norm_case(4096, bfloat, direction, "layer_norm") for direction in ("forward", "backward")),
+        rotary_case(128, bfloat, False),
+        *(feedforward_case(14336, bfloat, "silu", direction) for direction in ("forward", "backward")),
+        *(attention_case(head_dim, bfloat) for head_dim in (64, 128)),
+        attention_case(128, bfloat, length=1),
+        attention_backward_case(128, bfloat),
+    ]
+
+
+FAMILIES = {
+    "norm": ("rms_norm", "layer_norm"),
+    "rotary": ("rotary",),
+    "feedforward": ("feedforward",),
+    "attention": ("attention",),
+}
+
+
+def family_of(case: Case) -> str:
+    """The family that a case belongs to, by the first word of its name."""
+    return next(family for family, words in FAMILIES.items() if case.name.split()[0] in words)
