@@ -158,7 +158,8 @@ def test_layouts(serving, layout, form):
 def test_special_values(serving):
     x = torch.tensor([0.0, -0.0, math.inf, math.nan, 3e38, -3e38, 1e-40])
     for name in ("relu", "silu", "gelu", "gelu_tanh", "quick_gelu"):
-        torch.testing.assert_close(nearpeak.activation(x, name), EAGER[name](x), equal_nan=True)
+        # torch's own float32 GELU makes NaN of infinity and infinity of 3e38 on processors with AVX-512.
+        torch.testing.assert_close(nearpeak.activation(x, name), EAGER[name](x.double()).float(), equal_nan=True)
 
 
 def test_threads_change_nothing():
