@@ -162,7 +162,7 @@ def test_what_does_not_compile_costs_its_own_row(kernel, folder):
     (folder / "kernel.py").write_text(KERNEL % 4 + broken + nothing)
     result = invoke("inspect", kernel)
     assert result.exit_code == exits.CRASHED
-    assert "broken sm_90 failed: CompilationError: arange's range must be a power of 2" in result.stdout
+    assert re.search(r"broken sm_90 failed: \w+: .*arange's range must be a power of 2", flat(result.stdout))
     assert "nothing launches no Triton kernel" in flat(result.stdout)
     assert "double" in result.stdout
 

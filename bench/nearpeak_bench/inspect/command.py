@@ -129,9 +129,12 @@ def _compiled(case: Case, target: Target) -> list:
     return codes
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip() or lines[0]}"
+def _reason(error: BaseException) -> str:
+    """One line: the first cause, since a compiler's error in a called function comes wrapped in the caller's."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _show(found: Results, console: rich.console.Console) -> None:
