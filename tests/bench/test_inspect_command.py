@@ -14,6 +14,8 @@ from nearpeak_bench import exits
 from nearpeak_bench.inspect import comparison, gate
 from nearpeak_bench.inspect.results import Results
 
+# Triton's own word to users who leave the choice to it, as the documentation's example does.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "inspect.md"
 KERNEL = """
 import torch
