@@ -17,7 +17,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 # The wide instruction sets' sources, compiled for any AVX2 processor, so that tests reach them everywhere.
 export NEARPEAK_BUILD_EMULATED := 1
 
-.PHONY: bench test install lint format sanitize gpu wheel clean
+.PHONY: bench test results install lint format sanitize gpu wheel clean
 
 bench: install
 	$(RUN) -m nearpeak.cli bench all
@@ -25,6 +25,10 @@ bench: install
 # Two processes: nearly every test runs in one thread.
 test: install lint
 	$(RUN) -m pytest tests -n 2
+
+# The README's figures and charts, from the runs that are kept.
+results: install
+	$(RUN) -m nearpeak.cli bench report bench/results/*.json --readme README.md
 
 install: $(STAMP)
 

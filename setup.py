@@ -25,14 +25,17 @@ FAMILIES = ("attention", "feedforward", "linear", "norm", "peaks", "rotary")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # Simplest first: the last one that the processor can run is chosen. Emulated ones are never the last.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx512_emulated": [*AVX2, "-DNEARPEAK_LANES=16"],
-    "amx_emulated": [*AVX2, "-DNEARPEAK_LANES=16", "-DNEARPEAK_EMULATE_TILES"],
+    "avx512_bf16_emulated": [*AVX2, "-DNEARPEAK_LANES=16", "-DNEARPEAK_EMULATE_PAIRS"],
+    "amx_emulated": [*AVX2, "-DNEARPEAK_LANES=16", "-DNEARPEAK_EMULATE_PAIRS", "-DNEARPEAK_EMULATE_TILES"],
     "avx2": AVX2,
     "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
     "amx": AMX,
 }
 # The stable ABI of torch 2.10: what is built against any later torch runs with every one from 2.10 on.

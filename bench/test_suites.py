@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def examiner_of(case):
     """The truth of a case, kept for its next implementation."""
     torch.compiler.reset()
-    return runner.Examiner(case, case.inputs(DEVICE))
+    return runner.Examiner(case, DEVICE)
 
 
 def _parameters():

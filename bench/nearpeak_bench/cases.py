@@ -14,14 +14,17 @@ An operator and its implementations are written like this (see norm.py):
         return lambda: nearpeak.rms_norm(x, weight)
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 # Of the inputs that are timed, and of those on which candidates are checked again afterwards.
-SEED, FRESH_SEEDS = 0, (100, 101, 102)
+SEED, FRESH_SEED = 0, 100
+# Of a few elements one layer rounds some better by chance: then so many draws are judged together (exactness.py).
+DRAW_SEEDS = range(101, 109)
 
 
 # Every operator that was made, in its order.
@@ -63,7 +66,8 @@ class Operator:
     reference: the definition; its result on the inputs in float64 is the truth
     plain: the plain PyTorch layer, whose error is the measure for others' errors
     work: for every direction that is benchmarked, a function of the parameters that gives Work
-    kernels: for the same directions, the torch operator that serves ours, to say by which backend
+    kernels: for the same directions, or those that only `nearpeak check` runs, the torch operator that serves ours, to
+        say by which backend; "" where plain PyTorch does
     differentiable: the inputs whose gradients "backward" and "training" compute
     inplace: results are written into the inputs, so each implementation gets inputs of its own
     """
@@ -92,6 +96,25 @@ class Operator:
         return register
 
 
+class Variant(NamedTuple):
+    """How a case was made of another (variants.py). base: that one's name; sweep: "S=256", or empty; threads: None for
+    as many as PyTorch takes; cold: its data are in no cache when a sample begins."""
+
+    base: str = ""
+    sweep: str = ""
+    threads: int | None = None
+    cold: bool = False
+
+
+UNVARIED = Variant()
+
+
+def conditions(threads: int | None, cold: bool) -> str:
+    """What a shape ends in."""
+    counted = f" {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+    return counted + (" cold" if cold else "")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     operator: Operator
@@ -99,10 +122,11 @@ class Case:
     dtype: torch.dtype
     direction: str = "forward"
     quick: bool = False
+    variant: Variant = UNVARIED
 
     @property
     def shape(self) -> str:
-        return self.operator.shape.format(**self.parameters)
+        return self.operator.shape.format(**self.parameters) + conditions(self.variant.threads, self.variant.cold)
 
     @property
     def dtype_name(self) -> str:
@@ -111,6 +135,16 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.operator.name}-{self.shape.replace(' ', '-')}-{self.dtype_name}-{self.direction}"
+
+    @contextlib.contextmanager
+    def in_its_threads(self) -> Iterator[None]:
+        """PyTorch uses as many threads as the case asks for, and afterwards as many as before."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.variant.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def work(self) -> Work | None:
         work = self.operator.work.get(self.direction)
@@ -123,7 +157,8 @@ class Case:
         def random(*shape):
             return torch.randn(*shape, generator=generator).to(device, self.dtype)
 
-        return self.operator.inputs(random, **self.parameters)
+        made = self.operator.inputs(random, **self.parameters)
+        return map_tensors(lambda tensor: tensor.to(device), made)
 
     def bind(self, prepare: Callable[..., Callable[[], Any]], inputs: dict[str, Any]) -> Callable[[], Any]:
         """The call to be timed: an implementation's forward on `inputs`, its backward alone, or both."""

@@ -1,12 +1,13 @@
 """`nearpeak check`: is every operator exact here, in every dtype, on every backend and instruction set of this machine?
 
-Each operator of the suites runs on small odd shapes, forward and with its gradients, on several draws; what
+Each operator runs on small odd shapes (check_cases.py), forward and with its gradients, on several draws; what
 torch.empty returns is filled with NaN before. Its results are judged by the rule of exactness.py: against the
-definition in float64, held to what the plain PyTorch layer errs in the same dtype. It takes about a minute.
+definition in float64, held to what the plain PyTorch layer errs in the same dtype.
 """
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 
 import nearpeak
@@ -17,6 +18,7 @@ from nearpeak import backends
 
 from . import table, worker
 from .cases import OPERATORS, Case, Operator, as_tuple
+from .check_cases import SHAPES
 from .exactness import errors, why_inexact_over_draws
 from .exits import CRASHED, WRONG, UsageError
 
@@ -31,25 +33,6 @@ EXPLANATION = (
     "Figures: mean error over the plain PyTorch layer's, both against float64, the worst of float32, bfloat16 and "
     f"float16. Up to 1.1 passes (largest error: 1.5), plus one unit in the last place; {DRAWS} draws each."
 )
-
-ROWS = [{"rows": 5, "width": 77}, {"rows": 2, "width": 640}]
-HEADS = {"heads": 4, "key_heads": 2, "head_dim": 40}
-TURNED = [{**HEADS, "sequence": 7, "layout": layout} for layout in ("transposed", "contiguous")]
-TERMS = {"batch": 2, "heads": 3, "length": 37, "head_dim": 32}
-SHAPES = {
-    **dict.fromkeys(
-        ("rms_norm", "rms_norm_out", "add_rms_norm", "add_rms_norm_out", "layer_norm", "layer_norm_out",
-         "add_layer_norm", "post_layer_norm", "swiglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"), ROWS),
-    **dict.fromkeys(("apply_rotary", "apply_rotary_inplace"), TURNED),
-    "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
-    "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
-    + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}],
-    "attention_window": [{**HEADS, "queries": 70, "keys": 70, "mask": 17}],
-    "attention_decode": [{**HEADS, "queries": 1, "keys": 523, "mask": "full"}],
-    "attention_latent": [{**HEADS, "queries": 37, "keys": 37, "mask": "causal", "value_dim": 24}],
-    "attention_terms": [{**TERMS, "term": term} for term in ("padding", "bias", "alibi")],
-    "attention_bias": [{**TERMS, "term": "bias"}],
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +57,12 @@ def servings() -> dict[str, tuple[str, Callable]]:
 
         return forced
 
-    found = {"reference": ("cpu", lambda: nearpeak.use_backend("reference"))}
+    @contextlib.contextmanager
+    def reference():
+        with nearpeak.use_backend("reference"), _in_one_thread():
+            yield
+
+    found = {"reference": ("cpu", reference)}
     if not backends.missing("cpu"):
         found |= {f"cpu {isa}": ("cpu", cpu(isa)) for isa in backends.isas_supported() if EMULATED not in isa}
     for name in ("triton", "cuda"):
@@ -87,7 +75,7 @@ def subjects(pattern: str = "") -> list[tuple[Operator, str]]:
     """(operator, direction) pairs whose name holds the pattern; an operator of several variants is there once."""
     found = {}
     for operator in OPERATORS:
-        for direction in operator.work:
+        for direction in operator.kernels:
             if (operator.name, direction) in REPEATED:
                 continue
             if operator.name in SHAPES and pattern in f"{operator.name} {direction}":
@@ -106,7 +94,7 @@ def judge(watch: worker.Watch, name: str, direction: str, left_out: frozenset[st
         for device in sorted({device for device, _ in servings().values()}):
             watch.turn("")
             with _in_one_thread():
-                standards = [_Standard(case, torch.device(device)) for case in cases]
+                standards = [Standard(case, torch.device(device)) for case in cases]
             for serving, (where, forced) in servings().items():
                 if where == device and serving not in left_out:
                     watch.turn(serving)
@@ -127,12 +115,27 @@ def _in_one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-class _Standard:
+@contextlib.contextmanager
+def _sleeping_threads() -> Iterator[None]:
+    """In processes that start meanwhile, threads that wait sleep instead of turning in circles.
+
+    Nothing is timed here, and on two cores that others used too the whole check took 17 s so, 85 s without.
+    """
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ["OMP_WAIT_POLICY"] = before or "passive"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+class Standard:
     """One case's inputs over all draws, their exact results, and the plain layer's."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: Case, device: torch.device, draws: int = DRAWS):
         self.case = case
-        self.draws = [case.inputs(device, seed) for seed in range(DRAWS)]
+        self.draws = [case.inputs(device, seed) for seed in range(draws)]
         with nearpeak.use_backend("reference"):
             self.exact = _stacked(case.truth(inputs) for inputs in self.draws)
         self.plain = _stacked(case.plain(inputs) for inputs in self.draws)
@@ -146,7 +149,7 @@ def _stacked(results: Iterator[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor,
     return tuple(map(torch.stack, zip(*results, strict=True)))
 
 
-def _judged(standards: list[_Standard], dtype: torch.dtype, serving: str) -> Judgement:
+def _judged(standards: list[Standard], dtype: torch.dtype, serving: str) -> Judgement:
     ratios, short = [], table.SHORT_DTYPES[str(dtype).removeprefix("torch.")]
     for standard in standards:
         try:
@@ -169,7 +172,7 @@ def run(pattern: str, isolate: bool, time_limit: float, console: rich.console.Co
         raise UsageError(f"no operator's name holds {pattern!r}: {', '.join(SHAPES)}")
     rows, lost_any = [], False
     process = worker.Worker(worker.Limits(time_limit)) if isolate else worker.Here()
-    with process:
+    with _sleeping_threads(), process:
         for operator, direction in rich.progress.track(chosen, "checking", console=console, transient=True):
             found, lost = _survey(process, operator.name, direction)
             lost_any |= bool(lost)

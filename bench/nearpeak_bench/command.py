@@ -6,15 +6,52 @@ import pathlib
 import rich.console
 import torch
 
-from . import compare, history, journal, machine, report, results, selftest, session, suites, table
+from . import (
+    bisection,
+    compare,
+    history,
+    journal,
+    machine,
+    machines,
+    profiling,
+    readme,
+    report,
+    results,
+    selftest,
+    session,
+    suites,
+    table,
+    variants,
+)
 from .exits import CRASHED, INTERRUPTED, WRONG, UsageError
 from .options import Options
 
-SELFTEST, COMPARE = "selftest", "compare"
-NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE)
+SELFTEST, COMPARE, REPORT, BISECT = "selftest", "compare", "report", "bisect"
+NAMES = (*suites.SUITES, "model", "all", SELFTEST, COMPARE, REPORT, BISECT)
+# The options that are read by what is no run.
+READS = {
+    SELFTEST: set(),
+    COMPARE: {"thresholds", "markdown", "csv"},
+    REPORT: {"markdown", "html", "readme"},
+    BISECT: {"thresholds", "cases", "pattern", "add", "time_limit"},
+}
+SPELLED = {"pattern": "--filter", "cases": "--case", "dtypes": "--dtype", "budget": "--time-budget",
+           "thresholds": "--threshold", "isolate": "--no-isolate"}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAST = "last"
+LAST, COLD = "last", "cold"
 QUICK_BUDGET, FULL_BUDGET = 1.5, 5.0
+
+
+def _check_options(options: Options) -> None:
+    """UsageError for an option that what was asked for would leave unread."""
+    given = {name for name, value in vars(options).items() if value != getattr(Options(), name)} - {"names"}
+    name = options.names[0] if options.names[:1] and options.names[0] in READS else None
+    unread = given - READS[name] if name else given & {"readme"}
+    if "thresholds" in given and not name and not options.against:
+        unread.add("thresholds")
+    if unread:
+        option = SPELLED.get(min(unread), f"--{min(unread).replace('_', '-')}")
+        raise UsageError(f"{name or 'a run'} does nothing with {option}: see nearpeak bench --help")
 
 
 def _choose(options: Options) -> tuple[bool, list]:
@@ -30,6 +67,20 @@ def _choose(options: Options) -> tuple[bool, list]:
         if limit is not None and not limit > 0:
             raise UsageError(f"the {name} must be more than 0, not {limit:g}")
     with_model = "model" in options.names or "all" in options.names
+    if with_model and (options.varies or options.profile):
+        raise UsageError("--sweep, --threads, --caches and --profile are of kernels' cases: leave model and all out")
+    cases = _named(options) if options.cases else _matching(options)
+    return with_model, _varied(cases, options) if options.varies else cases
+
+
+def _named(options: Options) -> list:
+    """The cases of --case, whichever suites they are in, quick or not."""
+    if options.names or options.dtypes or options.pattern:
+        raise UsageError("--case names a whole case: leave the suites, --dtype and --filter out")
+    return suites.named(options.cases)
+
+
+def _matching(options: Options) -> list:
     wanted = [name for name in suites.SUITES if name in options.names]
     if "all" in options.names or not options.names:
         wanted = list(suites.SUITES)
@@ -38,18 +89,34 @@ def _choose(options: Options) -> tuple[bool, list]:
     if wanted and not cases:
         hint = "" if options.full else ", or --full for more cases"
         raise UsageError(f"no case of {', '.join(wanted)} matches: try a shorter --filter or other --dtype{hint}")
-    return with_model, _narrowed(cases, options) if options.add else cases
+    return _narrowed(cases, options) if options.add else cases
+
+
+def _varied(cases: list, options: Options) -> list:
+    """The variants of the chosen cases, each once."""
+    planned = variants.plan(cases, options.sweep, options.threads, options.caches == COLD)
+    made = {}
+    for suite, variant in planned:
+        case = suites.vary(variant)
+        made.setdefault(case.name, (suite, case))
+    return list(made.values())
 
 
 def run(options: Options, console: rich.console.Console) -> int:
     """Do what `options` ask for and return the exit code (exits.py)."""
-    if SELFTEST in options.names:
-        if len(options.names) > 1:
-            raise UsageError("selftest runs alone: nearpeak bench selftest")
-        return selftest.run(console)
+    if SELFTEST in options.names and len(options.names) > 1:
+        raise UsageError("selftest runs alone: nearpeak bench selftest")
     thresholds = compare.thresholds_of(options.thresholds)
-    if options.names[:1] == (COMPARE,):
-        return _compare(options, thresholds, console)
+    _check_options(options)
+    match options.names[:1]:
+        case ("selftest",):
+            return selftest.run(console)
+        case ("compare",):
+            return _compare(options, thresholds, console)
+        case ("report",):
+            return _report(options, console)
+        case ("bisect",):
+            return bisection.run(options, thresholds, console)
     found = results.Results(machine.describe())
     unfinished = None
     if options.resume:
@@ -60,6 +127,8 @@ def run(options: Options, console: rich.console.Console) -> int:
         console.print(f"{path} adds {suites.add(path)}", highlight=False, soft_wrap=True)
     with_model, cases = _choose(options)
     console.print(_machine_line(found.machine))
+    if options.profile:
+        return _profile(options, cases, console)
     finished = {row.case for row in found.rows}
     cases = [(suite, case) for suite, case in cases if case.name not in finished]
     if unfinished:
@@ -73,6 +142,13 @@ def run(options: Options, console: rich.console.Console) -> int:
         return INTERRUPTED
     code = _code_of(found)
     return code or (_against(options.against, found, thresholds, options, console) if options.against else 0)
+
+
+def _profile(options: Options, cases: list, console: rich.console.Console) -> int:
+    written = (options.json, options.html, options.markdown, options.csv)
+    if any(written) or options.against or options.thresholds or options.budget or options.caches == COLD:
+        raise UsageError("--profile times nothing: leave --caches, --time-budget, --against, --threshold and files out")
+    return profiling.run(options.profile, cases, console)
 
 
 def _resumed(options: Options, now: results.Results) -> tuple[pathlib.Path, Options, results.Results]:
@@ -95,7 +171,7 @@ def _measure(with_model: bool, cases: list, options: Options, found: results.Res
         if with_model and not found.model:
             found.model = _run_model(console, quick=not options.full, alone=not cases)
         if cases:
-            session.run(cases, settings, options.to_json(), found, console)
+            session.run(cases, settings, options, found, console)
         found.complete = True
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted: keeping what was finished. Go on with: nearpeak bench --resume")
@@ -107,6 +183,8 @@ def _show(found: results.Results, console: rich.console.Console) -> None:
         if len({row.suite for row in found.rows}) > 1 or not found.complete:
             console.print(table.to_rich(table.summary_table(found.rows), console))
         console.print(f"[dim]{table.EXPLANATION}")
+        if absent := table.absent(found.rows):
+            console.print(f"[yellow]not compared with:[/] {absent}", highlight=False)
     if found.model and found.rows:
         console.print(table.to_rich(table.model_table(found.model), console))
 
@@ -123,6 +201,21 @@ def _compare(options: Options, thresholds: dict[str, float], console: rich.conso
         raise UsageError("compare takes two files of results: nearpeak bench compare before.json after.json")
     before, after = (compare.load(pathlib.Path(name)) for name in options.names[1:])
     return _compared(before, after, thresholds, options, console)
+
+
+def _report(options: Options, console: rich.console.Console) -> int:
+    if len(options.names) == 1:
+        raise UsageError("report takes files of results: nearpeak bench report zen3.json zen4.json")
+    found = machines.gather(pathlib.Path(name) for name in options.names[1:])
+    console.print(table.to_rich(machines.operators_table(found), console))
+    console.print(f"[dim]{machines.EXPLANATION}")
+    if options.readme:
+        for path in readme.write(options.readme, found):
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    stem = history.FOLDER.parent / REPORT
+    _write_one(options.markdown or stem.with_suffix(".md"), report.machines_to_markdown(found), console)
+    _write_one(options.html or stem.with_suffix(".html"), report.machines_to_html(found), console)
+    return 0
 
 
 def _against(name: str, found: results.Results, thresholds, options: Options, console) -> int:
@@ -188,7 +281,7 @@ def _write(found: results.Results, options: Options, console: rich.console.Conso
     files = {
         stem.with_suffix(".json"): results.Results.to_json,
         options.json: results.Results.to_json,
-        options.markdown or stem.with_suffix(".md"): _to_markdown,
+        options.markdown or stem.with_suffix(".md"): report.to_markdown,
         options.html or stem.with_suffix(".html"): report.to_html,
         options.csv: table.to_csv,
     }
@@ -203,9 +296,3 @@ def _write_one(path: pathlib.Path, text: str, console: rich.console.Console) -> 
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     except OSError as error:
         console.print(f"[red]could not write {path}: {error.strerror or error}", soft_wrap=True)
-
-
-def _to_markdown(found: results.Results) -> str:
-    facts = "".join(f"- {name}: {value}\n" for name, value in report.machine_facts(found))
-    tables = [*([table.summary_table(found.rows)] if found.rows else []), *report.tables_of(found)]
-    return f"## nearpeak bench, {found.created}\n\n{facts}\n{table.to_markdown(tables)}"

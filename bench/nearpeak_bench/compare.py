@@ -21,7 +21,7 @@ import rich.console
 
 from . import results, table, verdicts
 from .cases import OPERATORS
-from .exits import REGRESSION, UNSTABLE, UsageError
+from .exits import CRASHED, REGRESSION, UNSTABLE, WRONG, UsageError
 
 ANY = ""
 HEADERS = ["case", "kernel", "held against", "before", "after", "change", "threshold", "verdict"]
@@ -42,11 +42,13 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All changes, worst first, and the names of the cases that only one run has."""
+    """All changes, worst first, the names of the cases that only one run has, and those of cases whose kernel was right
+    before and is not any more, with its status."""
 
     changes: list[Change]
     only_before: list[str]
     only_after: list[str]
+    broken: dict[str, str]
 
     @classmethod
     def of(cls, before: results.Results, after: results.Results, thresholds: dict[str, float]) -> "Comparison":
@@ -57,19 +59,23 @@ class Comparison:
             if key in old:
                 threshold = thresholds.get(row.operator, thresholds.get(ANY, verdicts.LEAST_MARGIN))
                 changes.append(_change(*old[key], row, candidate, max(noise, threshold)))
-        if not changes:
+        broken = _broken(before, after)
+        if not changes and not broken:
             raise UsageError("these runs have no case in common: compare runs of the same suites")
         changes.sort(key=lambda change: change.change.value)
-        missing = (sorted({case for case, _ in one - other}) for one, other in
+        missing = (sorted({case for case, _ in one - other} - broken.keys()) for one, other in
                    ((old.keys(), new.keys()), (new.keys(), old.keys())))  # fmt: skip
-        return cls(changes, *missing)
+        return cls(changes, *missing, broken)
 
     def count(self, verdict: str) -> int:
         return sum(change.change.verdict == verdict for change in self.changes)
 
     @property
     def code(self) -> int:
-        """0, REGRESSION (a kernel is slower), or UNSTABLE (none is for certain, but of some noise hides it)."""
+        """0, WRONG or CRASHED (a kernel has become so), REGRESSION (one is slower), or UNSTABLE (none is for certain,
+        but of some noise hides it)."""
+        if self.broken:
+            return WRONG if "wrong" in self.broken.values() else CRASHED
         if self.count(verdicts.SLOWER):
             return REGRESSION
         return UNSTABLE if self.count(verdicts.NOISY) else 0
@@ -111,7 +117,7 @@ def show(comparison: Comparison, console: rich.console.Console) -> None:
 
 def to_markdown(comparison: Comparison) -> str:
     """For a pull request: the verdict first, then all rows."""
-    shown = table.to_markdown([_table(comparison)]).removesuffix(f"{table.EXPLANATION}\n").rstrip()
+    shown = table.to_markdown([_table(comparison)]).rstrip()
     remarks = "\n\n".join(_remarks(comparison))
     return f"## nearpeak bench compare\n\n{remarks}\n\n{shown}\n"
 
@@ -130,9 +136,22 @@ def to_csv(comparison: Comparison) -> str:
 
 def _remarks(comparison: Comparison) -> Iterator[str]:
     yield ", ".join(f"{comparison.count(name)} {name}" for name in verdicts.ALL)
+    if comparison.broken:
+        yield f"no more right: {', '.join(f'{case} ({status})' for case, status in comparison.broken.items())}"
     for names, where in ((comparison.only_before, "after"), (comparison.only_after, "before")):
         if names:
             yield f"not in the run {where}: {', '.join(names)}"
+
+
+def _broken(before: results.Results, after: results.Results) -> dict[str, str]:
+    """By case, the status of kernels that were right before and are not any more."""
+    statuses = [
+        {(row.case, each.implementation): each.status for row in run.rows for each in row.candidates()}
+        for run in (before, after)
+    ]
+    return {
+        key[0]: status for key, status in statuses[1].items() if status in table.BAD and statuses[0].get(key) == "ok"
+    }
 
 
 def _timed(found: results.Results) -> dict:

@@ -65,7 +65,7 @@ OPERATORS = {
         "gated_activation",
     ),
     "gelu": _operator("gelu", "gelu", lambda x: nearpeak.activation(x, "gelu"), F.gelu, False, "activation"),
-    # In the shapes of real models alone: GPT-2's and T5's.
+    # No case of the suite has these: gelu_tanh and relu are those of GPT-2's and T5's shapes, all are checked.
     "gelu_tanh": _operator(
         "gelu_tanh",
         "gelu_tanh",
@@ -75,6 +75,25 @@ OPERATORS = {
         "activation",
     ),
     "relu": _operator("relu", "relu", lambda x: nearpeak.activation(x, "relu"), F.relu, False, "activation"),
+    "silu": _operator("silu", "silu", lambda x: nearpeak.activation(x, "silu"), F.silu, False, "activation"),
+    "quick_gelu": _operator(
+        "quick_gelu",
+        "quick_gelu",
+        lambda x: nearpeak.activation(x, "quick_gelu"),
+        lambda x: x * torch.sigmoid(1.702 * x),
+        False,
+        "activation",
+    ),
+    "relu_squared": _operator(
+        "relu_squared",
+        "relu_squared",
+        lambda x: nearpeak.activation(x, "relu_squared"),
+        lambda x: F.relu(x).square(),
+        False,
+        "activation",
+    ),
+    "geglu": _operator("geglu", "gelu", nearpeak.geglu, lambda gate, up: F.gelu(gate) * up, True, "gated_activation"),
+    "reglu": _operator("reglu", "relu", nearpeak.reglu, lambda gate, up: F.relu(gate) * up, True, "gated_activation"),
 }
 WIDTHS = {"swiglu": LLAMA, "geglu_tanh": GEMMA, "gelu": BERT}
 

@@ -44,5 +44,6 @@ def _lost_row(suite: str, case: Case, loss: worker.Lost) -> Row:
     return Row(
         suite=suite, case=case.name, operator=case.operator.name, shape=case.shape, dtype=case.dtype_name,
         direction=case.direction, plain_error_mean=None, plain_error_max=None, limit_seconds=None, bound=None,
-        measurements=measurements,
+        measurements=measurements, template=case.operator.shape,
+        parameters=dict(case.parameters), threads=case.variant.threads, cold=case.variant.cold,
     )  # fmt: skip

@@ -136,7 +136,8 @@ post_layer_norm = Operator(
     reference=lambda x, residual, weight, bias: reference.layer_norm_of_sum(x, residual, weight, bias, EPS),
     plain=plain_post,
     work={"forward": lambda rows, width: Work(9 * rows * width, (2 * rows + 2) * width, rows * width)},
-    kernels={"forward": "layer_norm_of_sum"},
+    kernels={"forward": "layer_norm_of_sum", "backward": "layer_norm_backward"},
+    differentiable=("x", "residual", "weight", "bias"),
 )
 
 

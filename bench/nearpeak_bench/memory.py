@@ -66,7 +66,8 @@ def _on_gpu(case: Case, implementation: Implementation, device: torch.device) ->
 def _child(sender, case_name: str, implementation_name: str, state: suites.State) -> None:
     suites.restore(state)
     case = suites.find(case_name)
-    sender.send(resident_peak(case, case.operator.implementations[implementation_name]))
+    with case.in_its_threads():
+        sender.send(resident_peak(case, case.operator.implementations[implementation_name]))
 
 
 def resident_peak(case: Case, implementation: Implementation) -> int | None:

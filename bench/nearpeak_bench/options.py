@@ -1,22 +1,31 @@
 """What the command line asks for."""
 
 import dataclasses
+import enum
 import pathlib
 import types
 import typing
 
+LISTS = ("names", "dtypes", "cases", "thresholds", "shapes", "add")
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A budget of None means the default, paths of None the default folder; thresholds are as the user wrote them.
-    time_limit: seconds without a sign of life; memory_limit: GiB."""
+    """A budget of None means the default, paths of None the default folder; thresholds, sweep and threads are as the
+    user wrote them. caches: "warm" or "cold"; profile: a profiler's name; time_limit: seconds without a sign of life;
+    memory_limit: GiB."""
 
     names: tuple[str, ...] = ()
     full: bool = False
     dtypes: tuple[str, ...] = ()
     pattern: str = ""
+    cases: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
     add: tuple[pathlib.Path, ...] = ()
+    sweep: str = ""
+    threads: str = ""
+    caches: str = "warm"
+    profile: str | None = None
     budget: float | None = None
     isolate: bool = True
     time_limit: float = 180.0
@@ -28,13 +37,22 @@ class Options:
     html: pathlib.Path | None = None
     markdown: pathlib.Path | None = None
     csv: pathlib.Path | None = None
+    readme: pathlib.Path | None = None
 
     @classmethod
-    def of(cls, suites, dtype, time_budget, threshold, **others) -> "Options":
+    def of(cls, suites, dtype, case, time_budget, threshold, **others) -> "Options":
         """From what the command line calls them."""
-        renamed = {"names": suites, "dtypes": dtype, "budget": time_budget, "thresholds": threshold, **others}
-        lists = {name: tuple(renamed[name] or ()) for name in ("names", "dtypes", "thresholds", "shapes", "add")}
+        renamed = {
+            "names": suites, "dtypes": dtype, "cases": case, "budget": time_budget, "thresholds": threshold, **others
+        }  # fmt: skip
+        renamed |= {name: value.value for name, value in renamed.items() if isinstance(value, enum.Enum)}
+        lists = {name: tuple(renamed[name] or ()) for name in LISTS}
         return cls(**{**renamed, **lists})
+
+    @property
+    def varies(self) -> bool:
+        """Cases are run as others than they are."""
+        return bool(self.sweep or self.threads or self.caches != Options.caches)
 
     def to_json(self) -> dict:
         return {name: _plain(value) for name, value in vars(self).items()}

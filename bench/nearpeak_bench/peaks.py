@@ -31,14 +31,16 @@ class Peaks:
     copy: dict[int, float]
     read: dict[int, float]
 
-    def limit(self, work: Work, dtype: torch.dtype) -> tuple[float, str]:
-        """The least seconds that `work` can take here, and what binds it: "compute" or "memory"."""
+    def limit(self, work: Work, dtype: torch.dtype, cold: bool = False) -> tuple[float, str]:
+        """The least seconds that `work` can take here, and what binds it: "compute" or "memory". cold: it finds nothing
+        in a cache, so that memory's bandwidth holds however few its bytes are."""
         compute = work.flops / self.multiply_add[_name(dtype)]
         read, written = work.read * dtype.itemsize, work.written * dtype.itemsize
         # As much is read as is written at the rate of a copy, and what is read beyond that at the rate of reading.
         copied = 2 * min(read, written)
         rest = read + written - copied
-        memory = copied / _nearest(self.copy, read + written) + rest / _nearest(self.read, read + written)
+        footprint = max(self.copy) if cold else read + written
+        memory = copied / _nearest(self.copy, footprint) + rest / _nearest(self.read, footprint)
         return max((compute, "compute"), (memory, "memory"))
 
 

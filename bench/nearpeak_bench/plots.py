@@ -1,15 +1,18 @@
-"""The report's charts, as SVG text: speed-up over each baseline, and share of the physical limit, row by row."""
+"""The report's charts, as SVG text: speed-ups, shares of the physical limit, rooflines, and growth with a size."""
 
+import functools
 import io
 
 import matplotlib
+import matplotlib.lines
 import matplotlib.patches
 import matplotlib.ticker
 from matplotlib.figure import Figure
 
+from .growth import Fit, Growth
 from .peaks import Peaks
 from .results import Measurement, Row
-from .table import SHORT_DTYPES
+from .table import SHORT_DTYPES, seconds_text
 
 # Narrow enough to be read on a phone without zooming: charts stand below each other there.
 WIDTH_INCHES = 5.2
@@ -19,11 +22,12 @@ MARKERS = "os^D"
 BAR_INCHES = 0.13
 LABEL_INCHES = 0.23
 MARGIN_INCHES = 0.75
+PANEL_INCHES = 1.8
 # What is drawn in it takes the page's text colour, in light and in dark.
 INK = "#123456"
 STYLE = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-         "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.right": False,
-         "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
+         "svg.fonttype": "none", "svg.hashsalt": "nearpeak", "font.family": "sans-serif", "font.size": 9,
+         "axes.spines.right": False, "axes.spines.top": False, "axes.spines.left": False}  # fmt: skip
 
 
 def _label(row: Row, candidate: Measurement) -> str:
@@ -35,11 +39,11 @@ def _label(row: Row, candidate: Measurement) -> str:
     return " ".join(parts)
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure, ink: str = "currentColor") -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg[svg.index("<svg") :].replace(INK, ink)
 
 
 def _axes(rows: int, bars: int):
@@ -78,7 +82,7 @@ def speedup_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=COLOURS[i % len(COLOURS)], label=n) for i, n in enumerate(names)]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), frameon=False,
                     fontsize=8, handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
@@ -95,7 +99,7 @@ def limit_chart(pairs: list[tuple[Row, Measurement]]) -> str:
         handles = [matplotlib.patches.Patch(color=c, label=f"bound by {n}") for n, c in LIMIT_COLOURS.items()]
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8,
                     handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
@@ -127,7 +131,51 @@ def roofline_chart(pairs: list[tuple[Row, Measurement]], peaks: Peaks) -> str:
         axes.set_ylabel("GFLOP/s")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, handlelength=1,
                     columnspacing=1, borderpad=0)  # fmt: skip
-        return _svg(figure)
+        return svg_of(figure)
+
+
+def growth_chart(growths: list[Growth]) -> str:
+    """Time over size, both logarithmic, one panel for each group of rows: points are medians, lines the fits."""
+    names = list(dict.fromkeys(name for each in growths for name in each.fits))
+    # Baselines in the colours that they have in the other charts.
+    others = [name for name in names if name != "nearpeak"]
+    colours = dict.fromkeys(names, INK) | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
+    lines = -(-len(growths) // 2)
+    height = lines * PANEL_INCHES + MARGIN_INCHES / 2
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": True}):
+        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        panels = figure.subplots(lines, 2, squeeze=False).flatten()
+        for panel, each in zip(panels, growths, strict=False):
+            _growth_panel(panel, each, colours)
+        for panel in panels[len(growths) :]:
+            panel.set_axis_off()
+        line = functools.partial(matplotlib.lines.Line2D, [], [])
+        handles = [line(color=colour, marker="o", markersize=4, label=name) for name, colour in colours.items()]
+        handles.append(line(color=INK, linestyle=":", label="limit"))
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=8,
+                      handlelength=1, columnspacing=1, borderpad=0)  # fmt: skip
+        return svg_of(figure)
+
+
+def _growth_panel(axes, each: Growth, colours: dict[str, str]) -> None:
+    for name, fit in each.fits.items():
+        axes.plot(fit.sizes, fit.seconds, color=colours[name], linestyle="", marker="o", markersize=3.5)
+        _power(axes, fit, color=colours[name], linewidth=1)
+    if each.limit:
+        _power(axes, each.limit, color=INK, linewidth=1, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: seconds_text(value)))
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.tick_params(labelsize=7)
+    axes.set_title(each.shape, fontsize=8, loc="left")
+
+
+def _power(axes, fit: Fit, **style) -> None:
+    """A straight line in log-log."""
+    ends = [min(fit.sizes), max(fit.sizes)]
+    axes.plot(ends, [fit.factor * size**fit.exponent for size in ends], **style)
 
 
 def _slopes(peaks: Peaks) -> list[tuple[str, float]]:

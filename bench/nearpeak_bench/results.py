@@ -27,6 +27,7 @@ class Measurement:
     share: the physical limit's time over the median time
     extra_memory: peak bytes of a call beside inputs and outputs; None where not measured
     ratios: how many times faster than each baseline
+    compile_cold, compile_cached: seconds that the first call took beyond a later one, where it compiled (compiling.py)
     """
 
     implementation: str
@@ -41,12 +42,16 @@ class Measurement:
     share: float | None = None
     extra_memory: int | None = None
     ratios: dict[str, Ratio] = dataclasses.field(default_factory=dict)
+    compile_cold: float | None = None
+    compile_cached: float | None = None
 
 
 @dataclasses.dataclass
 class Row:
     """One case. limit_seconds is the least time that the hardware allows, and bound says by what; flops and bytes are
-    what one call must do at least. Plain errors are None where the whole row was lost."""
+    what one call must do at least. Plain errors are None where the whole row was lost. template is the shape with the
+    names of `parameters` in braces; threads is None where PyTorch chose their number; cold: caches were emptied before
+    each sample; command repeats the row alone."""
 
     suite: str
     case: str
@@ -61,6 +66,11 @@ class Row:
     measurements: list[Measurement]
     flops: float | None = None
     bytes: float | None = None
+    template: str = ""
+    parameters: dict = dataclasses.field(default_factory=dict)
+    threads: int | None = None
+    cold: bool = False
+    command: str = ""
 
     def candidates(self) -> list[Measurement]:
         return [m for m in self.measurements if not m.baseline]

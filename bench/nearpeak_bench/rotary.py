@@ -63,14 +63,17 @@ def _hugging_face():
 
 def _operator(name, inplace):
     """`apply_rotary` or its in-place form; the baselines have no in-place form and are the same for both."""
+    kernels = (
+        {"forward": "apply_rotary_"} if inplace else {"forward": "apply_rotary_inference", "backward": "apply_rotary"}
+    )
     operator = Operator(
         name=name,
         shape="{heads}:{key_heads}x{sequence}x{head_dim} {layout}",
         inputs=_inputs,
         reference=_reference,
         plain=_plain,
-        work={"forward": _work} if inplace else {"forward": _work, "backward": _work},
-        kernels={"forward": "apply_rotary_" if inplace else "apply_rotary_inference", "backward": "apply_rotary"},
+        work=dict.fromkeys(kernels, _work),
+        kernels=kernels,
         differentiable=("query", "key"),
         inplace=inplace,
     )

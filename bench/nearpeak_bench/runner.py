@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from nearpeak import backends
 
-from . import timing, verdicts, worker
-from .cases import FRESH_SEEDS, Case, Implementation, as_tuple
-from .exactness import errors, why_inexact
+from . import caches, compiling, timing, verdicts, worker
+from .cases import DRAW_SEEDS, FRESH_SEED, SEED, Case, Implementation, as_tuple
+from .exactness import errors, why_inexact, why_inexact_over_draws
 from .memory import extra_memory
 from .peaks import Peaks
 from .results import Measurement, Row
@@ -47,26 +47,28 @@ def _worst_errors(results, exact) -> tuple[float, float]:
 class Examiner:
     """Judges implementations of one case against the truth and the plain layer's error."""
 
-    def __init__(self, case: Case, inputs: dict):
-        self.case, self.inputs = case, inputs
-        self.exact = case.truth(inputs)
-        self.plain = case.plain(inputs)
+    def __init__(self, case: Case, device: torch.device, seed: int = SEED):
+        self.case, self.device, self.inputs = case, device, case.inputs(device, seed)
+        self.exact = case.truth(self.inputs)
+        self.plain = case.plain(self.inputs)
         self.plain_errors = _worst_errors(self.plain, self.exact)
 
     def examine(self, implementation: Implementation, measurement: Measurement) -> Callable[[], object] | None:
         """Run once, note errors and verdict in `measurement`, and return the call if its time counts."""
         try:
-            call = self.case.bind(implementation.prepare, self.inputs)
-            result = as_tuple(call())
+            with compiling.watched() as tally:
+                call = self.case.bind(implementation.prepare, self.inputs)
+                result = as_tuple(call())
         except ModuleNotFoundError as error:
             measurement.status, measurement.note = "absent", f"{error.name} is not installed"
             return None
         except Exception as error:
             measurement.status, measurement.note = "failed", worker.describe(error)
             return None
+        tally.note(measurement)
         if not implementation.same_result:
             return call
-        reason = self._why_wrong(result, measurement)
+        reason = self._why_wrong(implementation, result, measurement)
         if reason and implementation.baseline:
             # It is what users have, so its time counts; that it is less exact is said.
             measurement.note = f"less exact than the plain layer: {reason}"
@@ -75,7 +77,7 @@ class Examiner:
             return None
         return call
 
-    def _why_wrong(self, result, measurement: Measurement) -> str | None:
+    def _why_wrong(self, implementation: Implementation, result, measurement: Measurement) -> str | None:
         shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (result, self.exact))
         if shapes != expected:
             return f"shapes {shapes}, expected {expected}"
@@ -83,7 +85,18 @@ class Examiner:
         if dtypes != expected:
             return f"dtypes {dtypes}, expected {expected}"
         measurement.error_mean, measurement.error_max = _worst_errors(result, self.exact)
-        return why_inexact(result, self.plain, self.exact)
+        reason = why_inexact(result, self.plain, self.exact)
+        # A baseline is only told about, and draws take long.
+        return reason if implementation.baseline else reason and self._why_wrong_over_draws(implementation, result)
+
+    def _why_wrong_over_draws(self, implementation: Implementation, result) -> str | None:
+        draws = [(result, self.plain, self.exact)]
+        for seed in DRAW_SEEDS:
+            inputs = self.case.inputs(self.device, seed)
+            result = as_tuple(self.case.bind(implementation.prepare, inputs)())
+            draws.append((result, self.case.plain(inputs), self.case.truth(inputs)))
+        stacked = (tuple(map(torch.stack, zip(*each, strict=True))) for each in zip(*draws, strict=True))
+        return why_inexact_over_draws(*stacked)
 
 
 def run_case(
@@ -94,16 +107,20 @@ def run_case(
     watch: worker.Watch = UNWATCHED,
     lost: Mapping[str, worker.Lost] = NOTHING,
 ) -> Row:
-    """Everything a row holds; `watch` is told what is done next. lost: implementations that took an earlier attempt's
-    process down, and how: they are not run."""
+    """Everything a row holds but its command; `watch` is told what is done next. lost: implementations that took an
+    earlier attempt's process down, and how: they are not run."""
+    with case.in_its_threads():
+        return _run_case(suite, case, settings, peaks, watch, lost)
+
+
+def _run_case(suite: str, case: Case, settings: Settings, peaks: Peaks | None, watch, lost) -> Row:
     implementations = case.operator.implementations
     if any(each.compiled for each in implementations.values()):
         # Dynamo keeps a few shapes per function and then runs it uncompiled without a word: start each case afresh.
         torch.compiler.reset()
     watch.say("truth in float64")
-    inputs = case.inputs(settings.device)
-    examiner = Examiner(case, inputs)
-    measurements = _measurements(implementations, serving_backend(case, inputs), lost)
+    examiner = Examiner(case, settings.device)
+    measurements = _measurements(implementations, serving_backend(case, examiner.inputs), lost)
     calls = _checked(examiner, {name: implementations[name] for name in measurements if name not in lost},
                      measurements, watch)  # fmt: skip
     plain_errors = examiner.plain_errors
@@ -111,19 +128,21 @@ def run_case(
     watch.say("timing")
     pairs = _pairs(measurements, calls)
     clock = timing.clock_of(settings.device)
-    samples = timing.time_interleaved(calls, settings.budget, clock, pairs=pairs, turn=watch.turn)
+    evict = caches.evictor(settings.device) if case.variant.cold else None
+    samples = timing.time_interleaved(calls, settings.budget, clock, pairs=pairs, turn=watch.turn, evict=evict)
     calls.clear()
     watch.say("checking again, on fresh inputs")
     _examine_again(case, settings.device, {candidate: measurements[candidate] for _, candidate in pairs}, watch)
     timed = [name for name in samples if measurements[name].status == "ok"]
     work = case.work()
-    limit, bound = peaks.limit(work, case.dtype) if work and peaks else (None, None)
+    limit, bound = peaks.limit(work, case.dtype, case.variant.cold) if work and peaks else (None, None)
     for name in timed:
         _fill_in(measurements[name], samples, limit)
         if settings.memory:
             watch.say(f"memory of {name}")
             watch.turn(name)
             measurements[name].extra_memory = extra_memory(case, implementations[name], settings.device)
+    _compile_again(case, settings.device, [measurements[name] for name in timed], watch)
     for baseline, candidate in _pairs(measurements, timed):
         seconds = (measurements[name].samples.seconds for name in (baseline, candidate))
         measurements[candidate].ratios[baseline] = verdicts.ratio(*seconds, noise=settings.noise)
@@ -132,6 +151,8 @@ def run_case(
         direction=case.direction, plain_error_mean=plain_errors[0], plain_error_max=plain_errors[1],
         limit_seconds=limit, bound=bound, measurements=list(measurements.values()),
         flops=work and work.flops, bytes=work and (work.read + work.written) * case.dtype.itemsize,
+        template=case.operator.shape, parameters=dict(case.parameters), threads=case.variant.threads,
+        cold=case.variant.cold,
     )  # fmt: skip
 
 
@@ -164,22 +185,25 @@ def _pairs(measurements: dict[str, Measurement], timed: Iterable[str]) -> list[t
 
 
 def _examine_again(case: Case, device: torch.device, candidates: dict[str, Measurement], watch) -> None:
-    """A kernel may answer from memory, or tire: what was timed must be right on inputs that it has not seen, too.
-
-    Of a few elements one kernel rounds some worse by chance; wrong is one that is so on each of several inputs.
-    """
-    for seed in FRESH_SEEDS:
-        if not candidates:
-            return
-        watch.turn("")
-        examiner = Examiner(case, case.inputs(device, seed))
-        again = {name: Measurement(name, baseline=False, backend="") for name in candidates}
-        for name, measurement in again.items():
-            watch.turn(name)
-            examiner.examine(case.operator.implementations[name], measurement)
-        candidates = {name: candidates[name] for name, measurement in again.items() if measurement.status != "ok"}
+    """A kernel may answer from memory, or tire: what was timed must be right on inputs that it has not seen, too."""
+    watch.turn("")
+    examiner = Examiner(case, device, FRESH_SEED)
     for name, measurement in candidates.items():
-        measurement.status, measurement.note = again[name].status, f"after timing, on fresh inputs: {again[name].note}"
+        watch.turn(name)
+        again = Measurement(name, baseline=False, backend="")
+        examiner.examine(case.operator.implementations[name], again)
+        if again.status != "ok":
+            measurement.status, measurement.note = again.status, f"after timing, on fresh inputs: {again.note}"
+
+
+def _compile_again(case: Case, device: torch.device, timed: list[Measurement], watch) -> None:
+    """How long torch.compile takes with its files cached; last, since what was compiled is forgotten."""
+    for measurement in timed:
+        implementation = case.operator.implementations[measurement.implementation]
+        if implementation.compiled:
+            watch.say(f"compile time of {measurement.implementation}")
+            watch.turn(measurement.implementation)
+            compiling.again(case, implementation, case.inputs(device)).note(measurement)
 
 
 def _fill_in(measurement: Measurement, samples: dict[str, timing.Samples], limit: float | None) -> None:

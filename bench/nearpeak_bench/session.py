@@ -8,14 +8,18 @@ import time
 from collections.abc import Iterator
 
 import rich.console
+import rich.markup
 import rich.progress
 import torch
 from nearpeak import system
 
-from . import history, isolation, journal, noise, peaks, results, runner, table, worker
+from . import history, isolation, journal, noise, peaks, repeat, results, runner, table, worker
 from .exits import UsageError
+from .options import Options
 
 MEMORY_SHARE = 0.8
+# Where more rows are wrong, the files have their commands.
+MOST_AGAIN = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,9 @@ class Settings:
     isolated: bool
 
 
-def run(cases: list, settings: Settings, options: dict, found: results.Results, console: rich.console.Console) -> None:
+def run(
+    cases: list, settings: Settings, options: Options, found: results.Results, console: rich.console.Console
+) -> None:
     """Fill `found` with peaks, noise and rows, as far as it lacks them. On Ctrl-C or SIGTERM the journal stays."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = history.FOLDER / (history.stem(found).name + journal.ENDING)
@@ -46,17 +52,29 @@ def run(cases: list, settings: Settings, options: dict, found: results.Results, 
         except worker.Lost as loss:
             raise UsageError(f"measuring the machine {loss}; try --no-isolate, or a larger --memory-limit") from None
         console.print(f"noise of this machine: one call differs from itself by up to {100 * found.noise:.1f} %")
-        book = journal.Journal(path, options, found)
+        book = journal.Journal(path, options.to_json(), found)
         run_settings = runner.Settings(device, settings.budget, found.noise)
         for suite, group in itertools.groupby(cases, key=lambda pair: pair[0]):
             try:
                 for _, case in group:
-                    found.rows.append(_run_case(process, suite, case, run_settings, found.peaks, bar, task))
-                    book.append(found.rows[-1])
+                    row = _run_case(process, suite, case, run_settings, found.peaks, bar, task)
+                    row.command = repeat.command(case, options)
+                    found.rows.append(row)
+                    book.append(row)
             finally:
-                if any(row.suite == suite for row in found.rows):
-                    console.print(table.to_rich(table.suite_table(suite, found.rows), console))
+                _show(table.suite_tables(suite, found.rows), console)
     book.delete()
+
+
+def _show(tables: list[table.Table], console: rich.console.Console) -> None:
+    """The tables of a finished suite, and how to run its marked rows again."""
+    for each in tables:
+        console.print(table.to_rich(each, console))
+    again = dict.fromkeys(
+        line.command for each in tables for line in each.lines if line.mark != "fine" and line.command
+    )
+    for command in list(again)[:MOST_AGAIN]:
+        console.print(f"[dim]again: {rich.markup.escape(command)}", highlight=False, soft_wrap=True)
 
 
 def _noise(watch: worker.Watch, device: torch.device) -> float:

@@ -1,5 +1,6 @@
-"""The suites by name, one per family, the choice of their cases, and the files of a user's that add kernels to them."""
+"""The suites by name, one per family, the choice of their cases, and what a user adds: kernels, variants of cases."""
 
+import difflib
 import pathlib
 import runpy
 import sys
@@ -9,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes
-from .cases import OPERATORS, Case, Operator
+from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes, variants
+from .cases import OPERATORS, Case, Operator, Variant
 from .exits import UsageError
 
 SUITES = {
@@ -33,9 +34,10 @@ class Addition(NamedTuple):
         return ", ".join(f"{name} of {operator.name}" for operator, name in self.implementations)
 
 
-# What was added, and the models whose shapes are used: a fresh process is told of both.
+# What was added, the models whose shapes are used, and cases made of others: a fresh process is told of all three.
 added: list[Addition] = []
 shaped: list[str] = []
+varied: dict[str, Case] = {}
 
 
 def add(path: pathlib.Path) -> Addition:
@@ -97,10 +99,11 @@ class State(NamedTuple):
 
     files: list[pathlib.Path]
     shaped: tuple[str, ...]
+    varied: tuple[Variant, ...] = ()
 
 
 def state() -> State:
-    return State([addition.path for addition in added], tuple(shaped))
+    return State([addition.path for addition in added], tuple(shaped), tuple(case.variant for case in varied.values()))
 
 
 def restore(state: State) -> None:
@@ -108,6 +111,14 @@ def restore(state: State) -> None:
         add(path)
     if state.shaped:
         use_shapes(state.shaped)
+    for variant in state.varied:
+        vary(variant)
+
+
+def vary(variant: Variant) -> Case:
+    """The case made of another, to be found by its name from now on."""
+    case = variants.make(_original(variant.base), variant)
+    return varied.setdefault(case.name, case)
 
 
 def select(
@@ -123,6 +134,31 @@ def select(
     ]
 
 
+def only(names: Iterable[str], pattern: str, kernel: str) -> Case:
+    """The one case that is named, or whose name holds the pattern, of those the kernel runs in; else UsageError."""
+    chosen = named(names) if names else select(SUITES, full=True, pattern=pattern)
+    found = [case for _, case in chosen if kernel in case.operator.implementations]
+    if len(found) != 1:
+        listed = ", ".join(case.name for case in found[:5]) or "none"
+        raise UsageError(f"--case or --filter must leave one row of {kernel}, not {len(found)}: {listed}")
+    return found[0]
+
+
+def named(names: Iterable[str]) -> list[tuple[str, Case]]:
+    """(suite, case) pairs of these names, quick or not, in the suites' order; UsageError for one that no case has."""
+    names = set(names)
+    found = [(suite, case) for suite, cases in SUITES.items() for case in cases if case.name in names]
+    for unknown in names - {case.name for _, case in found}:
+        everything = [case.name for cases in SUITES.values() for case in cases]
+        close = difflib.get_close_matches(unknown, everything, n=1)
+        raise UsageError(f"there is no case {unknown!r}" + (f": did you mean {close[0]}?" if close else ""))
+    return found
+
+
 def find(name: str) -> Case:
     """The case of that name."""
+    return varied[name] if name in varied else _original(name)
+
+
+def _original(name: str) -> Case:
     return next(case for cases in SUITES.values() for case in cases if case.name == name)

@@ -11,10 +11,12 @@ from collections.abc import Iterable
 
 import rich.box
 import rich.console
+import rich.markup
 import rich.measure
 import rich.table
 import rich.text
 
+from . import growth
 from .memory import RESOLUTION
 from .results import BROKEN, Measurement, Results, Row
 from .verdicts import SLOWER, Ratio, Spread
@@ -22,7 +24,7 @@ from .verdicts import SLOWER, Ratio, Spread
 BAD = ("wrong", *BROKEN)
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 CASE_HEADERS = ["op", "shape", "dtype", "backend"]
-DROPPABLE = ["max error", "memory", "mean error", "backend", "rows"]
+DROPPABLE = ["max error", "compile", "memory", "mean error", "backend", "rows"]
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 STYLES = {"worst": "bold yellow", "bad": "bold red", "fine": ""}
 EXPLANATION = (
@@ -30,17 +32,21 @@ EXPLANATION = (
     "than it (above 1 is faster), and the 95 % interval. verdict: against the fastest baseline; a difference counts "
     "where the interval leaves out 1 and the ratio is further from it than this machine's noise. limit: the share "
     "reached of what this machine's arithmetic and memory, measured in this run, allow. error: against float64, and "
-    "the plain layer's own. memory: peak bytes of a call beside inputs and outputs."
+    "the plain layer's own. memory: peak bytes of a call beside inputs and outputs. compile: what the first call took "
+    "where a compiler worked, torch.compile or Triton, and with its files cached."
 )
+# A fit further off than this is no power of the size.
+NOTABLE_DEVIATION = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """The cells of one line, and its mark: "fine", "worst" or "bad" (wrong or failed)."""
+    """The cells of one line, and its mark: "fine", "worst" or "bad" (wrong or failed). command: repeats its row."""
 
     cells: list[str]
     mark: str
     note: str
+    command: str = ""
 
     @property
     def name(self) -> str:
@@ -53,6 +59,10 @@ class Table:
     headers: list[str]
     lines: list[Line]
 
+    @property
+    def commands(self) -> list[str]:
+        return list(dict.fromkeys(line.command for line in self.lines if line.command))
+
 
 def _unit(seconds: float) -> tuple[str, float]:
     return next((unit for unit in UNITS if abs(seconds) >= unit[1]), UNITS[-1])
@@ -60,10 +70,10 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def seconds_text(seconds: float) -> str:
     unit, size = _unit(seconds)
-    return f"{_figure(seconds / size)} {unit}"
+    return f"{figure_text(seconds / size)} {unit}"
 
 
-def _figure(value: float) -> str:
+def figure_text(value: float) -> str:
     """Three significant figures, and never an exponent."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
@@ -87,11 +97,11 @@ def _short(value: float) -> str:
 
 def spread_text(spread: Spread) -> str:
     _, size = _unit(spread.median)
-    return f"{seconds_text(spread.median)} ({_figure(spread.lower / size)}-{_figure(spread.upper / size)})"
+    return f"{seconds_text(spread.median)} ({figure_text(spread.lower / size)}-{figure_text(spread.upper / size)})"
 
 
 def ratio_text(ratio: Ratio) -> str:
-    return f"{_figure(ratio.value)}x ({_figure(ratio.lower)}-{_figure(ratio.upper)})"
+    return f"{figure_text(ratio.value)}x ({figure_text(ratio.lower)}-{figure_text(ratio.upper)})"
 
 
 def slowest_ratio(candidate: Measurement) -> Ratio | None:
@@ -120,8 +130,27 @@ def _note(row: Row, candidate: Measurement) -> str:
     return "; ".join([*filter(None, [candidate.note]), *baselines])
 
 
+def _compile_cell(row: Row, candidate: Measurement) -> str:
+    """Of the candidate and of the baselines, of which one is compiled at most."""
+    compiled = [m for m in (candidate, *row.baselines()) if m.compile_cold is not None or m.compile_cached is not None]
+    return ", ".join(_compile_text(m.compile_cold, m.compile_cached) for m in compiled)
+
+
+def _compile_text(cold: float | None, cached: float | None) -> str:
+    if cold is None:
+        return f"{seconds_text(cached)} cached"
+    return seconds_text(cold) + (f" ({seconds_text(cached)} cached)" if cached is not None else "")
+
+
+def suite_tables(suite: str, rows: Iterable[Row]) -> list[Table]:
+    """The table of one suite, and what its rows say together, where they do."""
+    rows = [row for row in rows if row.suite == suite]
+    tables = [suite_table(suite, rows), growth_table(suite, rows), scaling_table(suite, rows)]
+    return [each for each in tables if each.lines]
+
+
 def suite_table(suite: str, rows: Iterable[Row]) -> Table:
-    """The table of one suite."""
+    """The table of one suite, a line per row and candidate."""
     rows = [row for row in rows if row.suite == suite]
     baselines = list(dict.fromkeys(m.implementation for row in rows for m in row.baselines()))
     pairs = [(row, candidate) for row in rows for candidate in row.candidates()]
@@ -131,9 +160,7 @@ def suite_table(suite: str, rows: Iterable[Row]) -> Table:
     for row, candidate in pairs:
         bad = candidate.status in BAD
         cells = [
-            row.operator if row.direction == "forward" else f"{row.operator} {row.direction}",
-            row.shape,
-            SHORT_DTYPES.get(row.dtype, row.dtype),
+            *case_cells(row, row.shape),
             candidate.backend if candidate.implementation == "nearpeak" else candidate.implementation,
             candidate.status.upper() if candidate.spread is None else spread_text(candidate.spread),
             *(_ratio_cell(row, candidate, name) for name in baselines),
@@ -142,10 +169,69 @@ def suite_table(suite: str, rows: Iterable[Row]) -> Table:
             error_text(candidate.error_mean, row.plain_error_mean),
             error_text(candidate.error_max, row.plain_error_max),
             bytes_text(candidate.extra_memory),
+            _compile_cell(row, candidate),
         ]
-        lines.append(Line(cells, "bad" if bad else "worst" if candidate is worst else "fine", _note(row, candidate)))
-    headers = [*CASE_HEADERS, "time", *baselines]
-    return Table(suite, [*headers, "verdict", "limit", "mean error", "max error", "memory"], lines)
+        mark = "bad" if bad else "worst" if candidate is worst else "fine"
+        lines.append(Line(cells, mark, _note(row, candidate), row.command))
+    headers = [*CASE_HEADERS, "time", *baselines, "verdict", "limit", "mean error", "max error", "memory", "compile"]
+    if not any(line.cells[-1] for line in lines):
+        headers.pop()
+        lines = [dataclasses.replace(line, cells=line.cells[:-1]) for line in lines]
+    return Table(suite, headers, lines)
+
+
+def growth_table(suite: str, rows: Iterable[Row]) -> Table:
+    """The power of a dimension that time grows with, by implementation, and that of the physical limit."""
+    grown = growth.growths(rows)
+    names = list(dict.fromkeys(name for each in grown for name in each.fits))
+    lines = []
+    for each in grown:
+        sizes = next(iter(each.fits.values())).sizes
+        fits = [each.fits.get(name) for name in names]
+        limit = f"{each.limit.exponent:.2f}" if each.limit else "-"
+        cells = [*case_cells(each.row, each.shape), f"{min(sizes)}-{max(sizes)}", *map(_exponent_text, fits), limit]
+        lines.append(Line(cells, "fine", _deviations(each)))
+    return Table(growth_title(suite), ["op", "shape", "dtype", "sizes", *names, "limit"], lines)
+
+
+def _deviations(each: growth.Growth) -> str:
+    notable = {name: fit.deviation for name, fit in each.fits.items() if fit.deviation > NOTABLE_DEVIATION}
+    if not notable:
+        return ""
+    off = ", ".join(f"{name} {100 * deviation:.0f} %" for name, deviation in notable.items())
+    return f"off a power of {each.dimension} by up to {off}"
+
+
+def scaling_table(suite: str, rows: Iterable[Row]) -> Table:
+    """How many times faster rows are with more threads, by implementation."""
+    scaled = growth.scalings(rows)
+    names = list(dict.fromkeys(name for each in scaled for name in each.speedups))
+    lines = []
+    for each in scaled:
+        speedups = [ratio_text(each.speedups[name]) if name in each.speedups else "" for name in names]
+        counts = f"{each.row.threads} over {each.least}"
+        lines.append(Line([*case_cells(each.row, each.shape), counts, *speedups], "fine", ""))
+    return Table(f"{suite}: speed-up by threads", ["op", "shape", "dtype", "threads", *names], lines)
+
+
+def growth_title(suite: str) -> str:
+    return f"{suite}: time grows as size^b, b ="
+
+
+def case_cells(row: Row, shape: str) -> list[str]:
+    """The first cells of a line."""
+    operator = row.operator if row.direction == "forward" else f"{row.operator} {row.direction}"
+    return [operator, shape, SHORT_DTYPES.get(row.dtype, row.dtype)]
+
+
+def _exponent_text(fitted: growth.Fit | None) -> str:
+    return f"{fitted.exponent:.2f} ({fitted.lower:.2f}-{fitted.upper:.2f})" if fitted else ""
+
+
+def absent(rows: Iterable[Row]) -> str:
+    """The baselines that could not be run, and what they lack; empty where all could."""
+    found = {m.implementation: m.note for row in rows for m in row.baselines() if m.status == "absent"}
+    return ", ".join(f"{name} ({why})" for name, why in found.items())
 
 
 def summary_table(rows: list[Row]) -> Table:
@@ -176,7 +262,7 @@ def _summary_line(operator, direction, dtype, backend, members) -> Line:
         row, candidate, slowest = min(timed, key=lambda member: member[2].value)
         name = next(name for name, ratio in candidate.ratios.items() if ratio is slowest)
         mean = statistics.geometric_mean(ratio.value for _, _, ratio in timed)
-        cells += [f"{_figure(mean)}x", f"{_figure(slowest.value)}x", f"{row.shape} ({name})"]
+        cells += [f"{figure_text(mean)}x", f"{figure_text(slowest.value)}x", f"{row.shape} ({name})"]
         if mark == "fine" and slowest.verdict == SLOWER and row.limit_seconds is not None:
             mark = "worst"
     else:
@@ -211,7 +297,7 @@ def to_rich(table: Table, console: rich.console.Console) -> rich.table.Table:
 
 
 def _rich_table(table: Table, dropped: list[str]) -> rich.table.Table:
-    notes = [f"{line.name}: {line.note}" for line in table.lines if line.note]
+    notes = [rich.markup.escape(f"{line.name}: {line.note}") for line in table.lines if line.note]
     if dropped:
         notes.append(f"This terminal is too narrow for: {', '.join(dropped)}. The files written have them.")
     shown = rich.table.Table(
@@ -247,23 +333,33 @@ def _folded_header(header: str) -> str:
     return header.replace(".", ".\n").replace(" ", "\n")
 
 
-def to_markdown(tables: Iterable[Table]) -> str:
-    """The tables for a pull request."""
+def to_markdown(tables: Iterable[Table], title: bool = True) -> str:
+    """The tables for a pull request, each below its title."""
     parts = []
     for table in tables:
-        head = [f"### {table.title}", "", _markdown_line(table.headers), _markdown_line(["---"] * len(table.headers))]
+        head = [f"### {table.title}", ""] if title else []
+        head += [_markdown_line(table.headers), _markdown_line(["---"] * len(table.headers))]
         for line in table.lines:
             emphasis = {"worst": "**", "bad": "**", "fine": ""}[line.mark]
             head.append(_markdown_line(f"{emphasis}{cell}{emphasis}" if cell else "" for cell in line.cells))
         notes = [f"- {line.name}: {line.note}" for line in table.lines if line.note]
-        parts.append("\n".join([*head, "", *notes]).rstrip() + "\n")
-    return "\n".join([*parts, EXPLANATION, ""])
+        parts.append("\n".join([*head, "", *notes, *_markdown_commands(table)]).rstrip() + "\n")
+    return "\n".join(parts)
+
+
+def _markdown_commands(table: Table) -> list[str]:
+    """Folded, as they are long."""
+    if not table.commands:
+        return []
+    head = ["", "<details><summary>Commands, each of which repeats one row</summary>", "", "```sh"]
+    return [*head, *table.commands, "```", "", "</details>"]
 
 
 CSV_COLUMNS = (
     "suite", "case", "operator", "shape", "dtype", "direction", "implementation", "baseline", "backend", "status",
     "seconds", "seconds_lower", "seconds_upper", "rounds", "against", "ratio", "ratio_lower", "ratio_upper", "verdict",
-    "limit_seconds", "bound", "share", "error_mean", "error_max", "extra_memory", "note",
+    "limit_seconds", "bound", "share", "error_mean", "error_max", "extra_memory", "compile_cold", "compile_cached",
+    "threads", "cold", "note", "command",
 )  # fmt: skip
 
 

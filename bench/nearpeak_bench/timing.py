@@ -3,7 +3,8 @@
 A round times every call once, in random order; rounds repeat until the ratios are known well enough, or the time
 budget is spent. So baseline and candidate meet the same drift of clock and neighbours, and are compared round by
 round (verdicts.py). A sample is the mean of as many calls as fill a millisecond. Every sample is kept. Caches are as
-the preceding calls leave them, and outputs are fresh unless the call itself reuses them.
+the preceding calls leave them, or cold (caches.py): then a sample is one call. Outputs are fresh unless the call itself
+reuses them.
 """
 
 import dataclasses
@@ -91,12 +92,14 @@ def time_interleaved(
     *,
     pairs: Sequence[tuple[str, str]] = (),
     turn: Callable[[str], None] = lambda name: None,
+    evict: Callable[[], object] | None = None,
     seed: int = 0,
 ) -> dict[str, Samples]:
     """Time all `calls` in interleaved rounds of random order, MIN_ROUNDS rounds at least.
 
     The rounds end after `budget` seconds, or before that as soon as the ratio of every pair (baseline, candidate) is
-    known to PRECISION. `turn` is told, outside of what is timed, whose call comes next.
+    known to PRECISION. `turn` is told, outside of what is timed, whose call comes next. evict: empties the caches
+    before every sample, which is one call then: a second would find what the first has read.
     """
     shuffle = random.Random(seed).shuffle
     order = list(calls)
@@ -109,6 +112,8 @@ def time_interleaved(
         for name, call in calls.items():
             turn(name)
             repeats[name] = calibrate(call, clock)
+        if evict:
+            repeats = dict.fromkeys(calls, 1)
         deadline = time.perf_counter() + budget
         for done in range(MAX_ROUNDS):
             if done >= MIN_ROUNDS and time.perf_counter() >= deadline:
@@ -118,6 +123,8 @@ def time_interleaved(
             shuffle(order)
             for name in order:
                 turn(name)
+                if evict:
+                    evict()
                 seconds[name].append(clock(calls[name], repeats[name]) / repeats[name])
     finally:
         if collecting:

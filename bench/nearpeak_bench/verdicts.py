@@ -71,7 +71,7 @@ def ratio(baseline: Sequence[float], candidate: Sequence[float], noise: float = 
     """
     baseline, candidate = np.asarray(baseline), np.asarray(candidate)
     ratios = baseline / candidate
-    medians = _medians(ratios, np.random.default_rng(seed))
+    medians = resampled_medians(ratios, np.random.default_rng(seed))
     return _ratio(float(np.median(ratios)), medians, float(np.median(candidate - baseline)), noise, len(ratios))
 
 
@@ -79,20 +79,26 @@ def change(before: Sequence[float], after: Sequence[float], noise: float = 0.0, 
     """after / before, of the medians of two runs that share no rounds; what they hold is speeds (more is faster)."""
     before, after = np.asarray(before), np.asarray(after)
     random = np.random.default_rng(seed)
-    quotients = _medians(after, random) / _medians(before, random)
+    quotients = resampled_medians(after, random) / resampled_medians(before, random)
     value = float(np.median(after) / np.median(before))
     difference = float(np.median(after) - np.median(before))
     return _ratio(value, quotients, difference, noise, min(len(before), len(after)))
 
 
-def _medians(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The medians of resamples."""
+def resampled_medians(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """The medians of BOOTSTRAP_RESAMPLES samples drawn from these with replacement."""
     return np.median(values[random.integers(0, len(values), (BOOTSTRAP_RESAMPLES, len(values)))], axis=1)
 
 
-def _ratio(value: float, resampled: np.ndarray, difference: float, noise: float, rounds: int) -> Ratio:
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The bootstrap's interval of a figure, of its values in resamples."""
     tail = 50 * (1 - CONFIDENCE)
-    lower, upper = (float(bound) for bound in np.percentile(resampled, (tail, 100 - tail)))
+    lower, upper = np.percentile(resampled, (tail, 100 - tail))
+    return float(lower), float(upper)
+
+
+def _ratio(value: float, resampled: np.ndarray, difference: float, noise: float, rounds: int) -> Ratio:
+    lower, upper = interval(resampled)
     verdict = _verdict(value, lower, upper, max(LEAST_MARGIN, noise)) if rounds >= ROUNDS_FOR_VERDICT else NOISY
     return Ratio(value, lower, upper, difference, verdict)
 

@@ -29,13 +29,17 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+}
+
 // Tiles need the operating system's permission, process by process: their 8 KiB of state are saved only if asked.
 bool has_amx() {
     unsigned eax, ebx, ecx, edx;
-    if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
     constexpr unsigned kAmxBfloat16 = 1u << 22, kAmxTile = 1u << 24;
     if (!(edx & kAmxBfloat16) || !(edx & kAmxTile)) return false;
-    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & (1u << 5))) return false;  // AVX512_BF16
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -43,6 +47,7 @@ bool has_amx() {
 bool supported(const char* name) {
     if (std::strcmp(name, "portable") == 0) return true;
     if (std::strcmp(name, "avx512") == 0) return has_avx512();
+    if (std::strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16();
     if (std::strcmp(name, "amx") == 0) return has_amx();
     return has_avx2();  // avx2, and the wide instruction sets' sources compiled for it
 }

@@ -11,24 +11,35 @@ constexpr float kLn2 = 0.6931471805599453f;
 // After adding it, the low bits of the sum are the rounded number.
 constexpr float kRounder = 0x1.8p23f;
 
-// 2^(n + f), f in [-1/2, 1/2]: 2^f by a polynomial of degree 6, the interpolant in the Chebyshev nodes (relative error
-// 2.5e-9 beside float32's 6e-8), 2^n by adding n to the exponent. `rounded` is n + kRounder.
-inline Float exp2_of_parts(Float rounded, Float f) {
+// 2^f, f in [-1/2, 1/2], by a polynomial of degree 6, the interpolant in the Chebyshev nodes (relative error 2.5e-9
+// beside float32's 6e-8).
+inline Float exp2_of_fraction(Float f) {
     Float p = broadcast(1.5461444854736328e-4f);
     p = p * f + 1.3400427997112274e-3f;
     p = p * f + 9.6180569380521774e-3f;
     p = p * f + 5.5503271520137787e-2f;
     p = p * f + 2.4022650718688965e-1f;
     p = p * f + 6.9314718246459961e-1f;
-    p = p * f + 1.0f;
-    return bitcast<Float>(bitcast<Unsigned>(p) + (bitcast<Unsigned>(rounded) << 23));
+    return p * f + 1.0f;
 }
 
-// 2^x. Below 2^-126 the result is 0, as -infinity needs. x must be below 128.
+// 2^(n + f): 2^n by adding n to the exponent. `rounded` is n + kRounder.
+inline Float exp2_of_parts(Float rounded, Float f) {
+    return bitcast<Float>(bitcast<Unsigned>(exp2_of_fraction(f)) + (bitcast<Unsigned>(rounded) << 23));
+}
+
+// 2^x; 0 where x is -infinity. x must be below 128. Below 2^-126 the result may be 0.
 inline Float exp2(Float x) {
+#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
+    // Of -infinity the fraction is NaN, and scaling that by 2^-infinity is defined as 0.
+    const __m512 n = _mm512_roundscale_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Float of_fraction = exp2_of_fraction(x - reinterpret_cast<Float>(n));
+    return reinterpret_cast<Float>(_mm512_scalef_ps(reinterpret_cast<__m512>(of_fraction), n));
+#else
     const Float rounded = x + broadcast(kRounder);
     const Float scaled = exp2_of_parts(rounded, x - (rounded - kRounder));
     return bitcast<Float>(bitcast<Unsigned>(scaled) & ~bitcast<Unsigned>(x < -126.0f));
+#endif
 }
 
 // e^x for x in [0, 80]. x / ln 2 rounded to float32 would lose digits: so n ln 2 is taken off x, ln 2 in two parts.

@@ -1,15 +1,16 @@
-// Matrix products in tiles of kTile x kPanel sums in registers, with vector multiply-adds in float32.
+// Matrix products in tiles of kTile x kPanel sums in registers.
 //
 //     out[row][lane] = combine(out[row][lane], sum over steps of left[row][step] * right[step][lane])
 //
 // Each left element is broadcast against a row of `right`. All vector products of matrices take this form, forward and
-// backward; they differ in which matrix lies how.
+// backward; they differ in which matrix lies how. A step is one element in float32, or a pair of them in bfloat16
+// (pairs.h), with 32 bits both ways.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "vector.h"
+#include "pairs.h"
 
 namespace nearpeak::NEARPEAK_ISA {
 
@@ -23,15 +24,29 @@ constexpr int kTile = kLanes == 16 ? 12 : 6;
 // PyTorch's matrix product; chains of 64 do not.
 constexpr int64_t kChain = 64;
 
-// A left matrix whose steps lie next to each other, rows `stride` apart.
-template <int kRows>
+// What a step multiplies.
+struct Singles {
+    static constexpr int kElements = 1;
+    static Float multiply_add(Float left, Float right, Float sums) { return sums + left * right; }
+};
+struct Pairs {
+    static constexpr int kElements = 2;
+    static Float multiply_add(Float left, Float right, Float sums) { return multiply_add_pairs(left, right, sums); }
+};
+
+// A left matrix whose steps lie next to each other, rows `stride` elements apart.
+template <int kRows, class T = float>
 struct RowWise {
-    RowWise(const float* first, int64_t stride) {
+    RowWise(const T* first, int64_t stride) {
         for (int row = 0; row < kRows; ++row) rows[row] = first + row * stride;
     }
-    float operator()(int row, int64_t step) const { return rows[row][step]; }
+    float operator()(int row, int64_t step) const {
+        float bits;
+        std::memcpy(&bits, rows[row] + step * static_cast<int64_t>(sizeof(float) / sizeof(T)), sizeof(bits));
+        return bits;
+    }
 
-    const float* rows[kRows];
+    const T* rows[kRows];
 };
 
 // A left matrix whose rows lie next to each other, steps `stride` apart.
@@ -43,17 +58,21 @@ struct ColumnWise {
 };
 
 // `right` is kVectors vectors wide.
-template <int kRows, int kVectors = kPanelVectors, class Left, class Combine>
+template <int kRows, int kVectors = kPanelVectors, class Step = Singles, class Left, class Combine>
 inline void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
                           int64_t out_stride, Combine combine) {
     Float sums[kRows][kVectors] = {};
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
         Float vectors[kVectors];
-        for (int vector = 0; vector < kVectors; ++vector) vectors[vector] = load(right + vector * kLanes);
+        for (int vector = 0; vector < kVectors; ++vector) {
+            vectors[vector] = load(right + vector * kLanes);
+            keep_in_register(vectors[vector]);
+        }
 #pragma GCC unroll 24
         for (int row = 0; row < kRows; ++row) {
             const Float element = broadcast(left(row, step));
-            for (int vector = 0; vector < kVectors; ++vector) sums[row][vector] += element * vectors[vector];
+            for (int vector = 0; vector < kVectors; ++vector)
+                sums[row][vector] = Step::multiply_add(element, vectors[vector], sums[row][vector]);
         }
     }
 #pragma GCC unroll 24

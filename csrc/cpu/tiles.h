@@ -8,7 +8,7 @@
 // NEARPEAK_EMULATE_TILES puts plain loops in their place, by which the kernels are tested on other processors.
 #pragma once
 
-#include "vector.h"
+#include "pairs.h"
 
 #if defined(NEARPEAK_EMULATE_TILES) || defined(__AMX_BF16__)
 #define NEARPEAK_HAS_TILES
@@ -160,9 +160,6 @@ inline void multiply_all_tiles() {
     multiply_tiles<1, 0>();
     multiply_tiles<1, 1>();
 }
-
-// The two bfloat16 numbers of a pair, `first` in the low half of each lane.
-inline Float pair(Short first, Short second) { return bitcast<Float>(widen(first) | (widen(second) << 16)); }
 
 }  // namespace nearpeak::NEARPEAK_ISA
 #endif

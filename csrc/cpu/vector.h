@@ -121,11 +121,20 @@ inline Float load(const float* from) {
 }
 inline void store(float* to, Float value) { std::memcpy(to, &value, sizeof(value)); }
 
+// GCC would load the value again for each of its uses, and make loads the limit of the loop.
+inline void keep_in_register(Float& value) {
+#if (NEARPEAK_LANES == 16 && defined(__AVX512F__)) || (NEARPEAK_LANES == 8 && defined(__AVX2__))
+    asm("" : "+v"(value));
+#endif
+}
+
 inline Short load_bits(const void* from) {
     Short bits;
     std::memcpy(&bits, from, sizeof(bits));
     return bits;
 }
+
+inline void store_bits(void* to, Short bits) { std::memcpy(to, &bits, sizeof(bits)); }
 
 inline Float load(const bfloat16* from) { return bitcast<Float>(widen(load_bits(from)) << 16); }
 
@@ -137,10 +146,7 @@ inline Unsigned round_bfloat16(Float value) {
 
 inline Short narrow_bfloat16(Float value) { return narrow(round_bfloat16(value) >> 16); }
 
-inline void store(bfloat16* to, Float value) {
-    const Short bits = narrow_bfloat16(value);
-    std::memcpy(to, &bits, sizeof(bits));
-}
+inline void store(bfloat16* to, Float value) { store_bits(to, narrow_bfloat16(value)); }
 
 #if NEARPEAK_LANES == 8 && defined(__F16C__)
 inline Float load(const float16* from) {
@@ -160,10 +166,7 @@ inline void store(float16* to, Float value) {
 }
 #else
 inline Float load(const float16* from) { return widen_float16(load_bits(from)); }
-inline void store(float16* to, Float value) {
-    const Short bits = narrow_float16(value);
-    std::memcpy(to, &bits, sizeof(bits));
-}
+inline void store(float16* to, Float value) { store_bits(to, narrow_float16(value)); }
 #endif
 
 // How many lanes of a vector are meant: all, known to the compiler, or the first `count`. Loading the first few gives
@@ -365,6 +368,11 @@ inline void transpose(Float (&rows)[kLanes]) {
 struct Two {
     Float low, high;
 };
+
+inline void keep_in_register(Two& value) {
+    keep_in_register(value.low);
+    keep_in_register(value.high);
+}
 
 inline Two operator+(Two a, Two b) { return {a.low + b.low, a.high + b.high}; }
 inline Two operator-(Two a, Two b) { return {a.low - b.low, a.high - b.high}; }

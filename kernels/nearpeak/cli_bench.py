@@ -1,5 +1,6 @@
 """The commands `nearpeak bench` and `nearpeak check`: their options, and their way into `nearpeak_bench`."""
 
+import enum
 import importlib.util
 import os
 import pathlib
@@ -15,12 +16,25 @@ CHOICE, TIMING, GATE, FILES = "Choice of cases", "Timing", "Comparison with an e
 
 Path = pathlib.Path | None
 
+
+class CacheState(enum.Enum):
+    WARM = "warm"
+    COLD = "cold"
+
+
+class Profiler(enum.Enum):
+    TORCH = "torch"
+    PERF = "perf"
+    NCU = "ncu"
+
+
 Suites = Annotated[
     list[str] | None,
     typer.Argument(
         help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
         "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
-        "between two files of results."
+        "between two files of results. report FILE...: the results of several machines side by side. bisect GOOD BAD: "
+        "the commit that made a row slower or wrong."
     ),
 ]
 Full = Annotated[
@@ -31,6 +45,47 @@ Dtypes = Annotated[
     typer.Option(help="Only this dtype: float32, bfloat16 or float16. May be repeated.", rich_help_panel=CHOICE),
 ]
 Filter = Annotated[str, typer.Option("--filter", help="Only cases whose name contains this.", rich_help_panel=CHOICE)]
+Cases = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Exactly this case, of whichever suite, quick or not, as reports' commands name it: "
+        "rms_norm-2048x4096-float32-forward. May be repeated.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Sweep = Annotated[
+    str,
+    typer.Option(
+        metavar="DIMENSION=SIZES",
+        help="The chosen cases with one dimension in these sizes, and how time grows with it: S=128,256,512 for the "
+        "sequence's length, or one of their own, as rows=1,16,256, width or head_dim.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Threads = Annotated[
+    str,
+    typer.Option(
+        metavar="COUNTS",
+        help="The chosen cases with each of these numbers of threads, and what more of them gain: 1,2,4.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Caches = Annotated[
+    CacheState,
+    typer.Option(
+        help="warm: as the preceding call leaves them; cold: emptied before each sample, outside of what is timed.",
+        rich_help_panel=TIMING,
+    ),
+]
+Profile = Annotated[
+    Profiler | None,
+    typer.Option(
+        help="Instead of timing, run our kernel of each chosen case under a profiler: torch (operators, and a Chrome "
+        "trace), perf (counters and hot functions on the CPU), ncu (Nsight Compute, on a GPU).",
+        rich_help_panel=TIMING,
+    ),
+]
 Add = Annotated[
     list[pathlib.Path] | None,
     typer.Option(
@@ -96,15 +151,29 @@ Markdown = Annotated[Path, typer.Option(help="Where to write the tables as Markd
 
 Csv = Annotated[Path, typer.Option(help="Where to write every figure of the tables, as CSV.", rich_help_panel=FILES)]
 
+Readme = Annotated[
+    Path,
+    typer.Option(
+        help="Of report: a README that holds two markers; what stands between them becomes the results, and the chart "
+        "is written to docs/ beside it.",
+        rich_help_panel=FILES,
+    ),
+]
+
 
 def bench(
     suites: Suites = None,
     full: Full = False,
     dtype: Dtypes = None,
     pattern: Filter = "",
+    case: Cases = None,
+    sweep: Sweep = "",
+    threads: Threads = "",
     shapes: Shapes = None,
     add: Add = None,
     resume: Resume = False,
+    caches: Caches = CacheState.WARM,
+    profile: Profile = None,
     time_budget: TimeBudget = None,
     isolate: Isolate = True,
     time_limit: TimeLimit = 180.0,
@@ -115,6 +184,7 @@ def bench(
     html: Html = None,
     markdown: Markdown = None,
     csv: Csv = None,
+    readme: Readme = None,
 ) -> None:
     """Measure the kernels against what you have today, and against what this machine could do.
 
@@ -130,11 +200,23 @@ def bench(
 
       A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
 
+      One row again, as its report gives it:  [cyan]nearpeak bench --case linear-1x768x3072-float32-forward[/]
+
+      How time grows with the sequence:  [cyan]nearpeak bench attention --filter causal --sweep S=128,256,512,1024[/]
+
+      What a second thread gains, with cold caches:  [cyan]nearpeak bench norm --threads 1,2 --caches cold[/]
+
+      Where the time goes:  [cyan]nearpeak bench --case rms_norm-2048x4096-float32-forward --profile perf[/]
+
       A kernel of yours beside ours:  [cyan]nearpeak bench --add mykernel.py[/]
 
       What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
 
       What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+      Which commit made a row slower:  [cyan]nearpeak bench bisect v0.1 HEAD --case gelu-512x3072-float32-forward[/]
+
+      Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
 
     Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
     whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
@@ -151,7 +233,7 @@ def check(
     isolate: Isolate = True,
     time_limit: TimeLimit = 180.0,
 ) -> None:
-    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in a minute.
+    """Check that every operator is exact on this machine: all dtypes, backends and instruction sets, in half a minute.
 
     The first thing to run on new hardware. Each operator runs on small odd shapes, forward and with its gradients, and
     is held against its definition in float64; it may err as the plain PyTorch layer does, and no more. What crashes is

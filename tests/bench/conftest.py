@@ -47,6 +47,7 @@ def toy_suite(doubling, monkeypatch, tmp_path):
     monkeypatch.setattr(noise, "measure", lambda device: 0.01)
     monkeypatch.setattr(suites, "added", [])
     monkeypatch.setattr(suites, "shaped", [])
+    monkeypatch.setattr(suites, "varied", {})
     monkeypatch.setattr(runner, "extra_memory", lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
     return doubling

@@ -3,9 +3,12 @@
 import os
 
 import pytest
+import torch
 from nearpeak import backends
 from nearpeak_bench import check, exits, suites, worker
-from toys import invoke
+from nearpeak_bench.cases import Case
+from torch.utils._python_dispatch import TorchDispatchMode
+from toys import CPU, invoke
 
 
 def verdicts(name, direction):
@@ -24,6 +27,28 @@ def test_every_operator_of_the_suites_is_checked_in_every_direction():
     cases = [case for cases in suites.SUITES.values() for case in cases if case.operator.work]
     wanted = {(case.operator.name, case.direction) for case in cases}
     assert wanted <= {(operator.name, direction) for operator, direction in check.subjects()}
+
+
+class Recording(TorchDispatchMode):
+    """Notes which of our operators run, inside of gradients too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.add(function.name())
+        return function(*arguments, **(keywords or {}))
+
+
+def test_every_operator_of_the_package_is_checked():
+    operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nearpeak::")}
+    assert len(operators) > 30
+    with Recording() as recording:
+        for operator, direction in check.subjects():
+            for shape in check.SHAPES[operator.name]:
+                check.Standard(Case(operator, shape, torch.float32, direction), CPU, draws=1).ours()
+    assert operators - recording.names == set()
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

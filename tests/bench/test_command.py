@@ -21,6 +21,9 @@ from toys import bench, invoke
         pytest.param(["norm", "--time-limit", "0"], "the time limit must be more than 0", id="time limit"),
         pytest.param(["norm", "--threshold", "x"], "--threshold x: give percent", id="threshold"),
         pytest.param(["norm", "--threshold", "rms=5"], "there is no operator rms", id="threshold's operator"),
+        pytest.param(["norm", "--threshold", "5"], "a run does nothing with --threshold", id="threshold alone"),
+        pytest.param(["compare", "a", "b", "--html", "c"], "compare does nothing with --html", id="unread option"),
+        pytest.param(["report", "a", "--filter", "b"], "report does nothing with --filter", id="unread filter"),
         pytest.param(["norm", "--resume"], "there is no unfinished run", id="resume"),
     ],
 )
@@ -68,6 +71,20 @@ def test_bench_writes_the_files_that_were_asked_for(toy_suite, tmp_path):
     lines = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     assert [(line["implementation"], line["against"]) for line in lines[:2]] == [("nearpeak", "eager"), ("eager", "")]
     assert float(lines[0]["ratio"]) > 0
+
+
+def test_absent_baselines_are_listed_with_what_they_lack(toy_suite, tmp_path):
+    @toy_suite.implementation("peer", baseline=True)
+    def _(x):
+        import a_missing_package
+
+        return a_missing_package.double(x)
+
+    result = bench("norm", "--markdown", "a.md")
+    assert result.exit_code == 0, result.output
+    listed = "peer (a_missing_package is not installed)"
+    assert f"not compared with: {listed}" in result.stdout
+    assert f"Baselines that are absent: {listed}" in (tmp_path / "a.md").read_text()
 
 
 def test_wrong_kernel_fails_the_command(toy_suite):

@@ -1,6 +1,7 @@
 """Two runs against each other."""
 
 import csv
+import pathlib
 
 import pytest
 from nearpeak_bench import compare, exits, history, results, timing
@@ -35,6 +36,19 @@ def test_a_kernel_that_became_slower_is_found_on_a_slower_machine(written, kerne
 def test_noise_that_hides_a_change_has_its_own_exit_code(written):
     files = written("before.json", sigma=0.8), written("after.json", sigma=0.8)
     assert invoke("bench", "compare", *files).exit_code == exits.UNSTABLE
+
+
+@pytest.mark.parametrize(("status", "code"), [("wrong", exits.WRONG), ("crashed", exits.CRASHED)])
+def test_a_kernel_that_became_wrong_is_found(written, found, status, code):
+    before = written("before.json")
+    kernel = next(each for each in found.rows[0].measurements if each.implementation == "nearpeak")
+    written("after.json")
+    kernel.status, kernel.samples, kernel.ratios = status, None, {}
+    pathlib.Path("after.json").write_text(found.to_json())
+    result = invoke("bench", "compare", before, "after.json")
+    assert result.exit_code == code
+    assert f"no more right: case 0 ({status})" in result.stdout
+    assert invoke("bench", "compare", "after.json", "after.json").exit_code == 0, "it was so before"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+import wrecks
 from nearpeak_bench import exits, history, isolation, journal, results, runner, suites, worker
 from toys import PEAKS, bench, invoke, measurement
 
@@ -96,42 +97,19 @@ def test_crash_hang_and_greed_cost_their_own_lines_only(toys, tmp_path):
     assert "CRASHED" in result.stdout
 
 
-def spin(watch):
-    watch.turn("spinner")
-    while True:
-        pass
-
-
-def breathe(watch, seconds):
-    """Longer than the limit, but with signs of life."""
-    for _ in range(int(seconds / 0.2)):
-        watch.turn("breather")
-        time.sleep(0.2)
-    return os.getpid()
-
-
-def swell(watch):
-    return bytearray(2**40) and None
-
-
-def fall(watch):
-    watch.say("about to fall")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_worker_serves_many_calls_and_is_replaced_after_a_loss():
     said = []
     with worker.Worker(worker.Limits(seconds=4.0, memory=2**34)) as process:
-        first = process.call(breathe, 6.0)
-        assert process.call(breathe, 0.2) == first != os.getpid()
+        first = process.call(wrecks.breathe, 6.0)
+        assert process.call(wrecks.breathe, 0.2) == first != os.getpid()
         with pytest.raises(worker.Lost, match="failed: MemoryError"):
-            process.call(swell)
+            process.call(wrecks.swell)
         with pytest.raises(worker.Lost, match=r"crashed: .*SIGKILL") as caught:
-            process.call(fall, say=said.append)
+            process.call(wrecks.fall, say=said.append)
         assert (caught.value.turn, said) == ("", ["about to fall"])
-        assert process.call(breathe, 0.2) != first
+        assert process.call(wrecks.breathe, 0.2) != first
         with pytest.raises(worker.Lost, match="timed out") as caught:
-            process.call(spin)
+            process.call(wrecks.spin)
         assert caught.value.turn == "spinner"
 
 

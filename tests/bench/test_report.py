@@ -1,5 +1,6 @@
 """What the harness shows and writes."""
 
+import csv
 import json
 import re
 import shutil
@@ -36,10 +37,30 @@ def test_markdown_table_has_one_cell_per_header(found):
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
+def test_markdown_and_csv_hold_each_row_s_command(found):
+    for index, row in enumerate(found.rows):
+        row.command = f"nearpeak bench --case case-{index}"
+    markdown = table.to_markdown([table.suite_table("norm", found.rows)])
+    assert "```sh\nnearpeak bench --case case-0\nnearpeak bench --case case-1\n```" in markdown
+    commands = {line["command"] for line in csv.DictReader(table.to_csv(found).splitlines())}
+    assert commands == {row.command for row in found.rows}
+
+
+def test_brackets_of_a_note_are_shown(found):
+    found.rows[0].measurements[0].note = "shapes [7]x[8]"
+    console = rich.console.Console(width=120, quiet=False)
+    with console.capture() as capture:
+        console.print(table.to_rich(table.suite_table("norm", found.rows), console))
+    assert "shapes [7]x[8]" in capture.get()
+
+
 def test_page_is_self_contained_and_escaped(found):
+    for row in found.rows:
+        row.command = "nearpeak bench --case 'a b'"
     page = report.to_html(found)
     assert page.count("<svg") == 3
     assert "a &lt;processor&gt;" in page
+    assert page.count('class="copy" data-command="nearpeak bench --case &#39;a b&#39;"') == 2
     assert not re.findall(r"""(?:src|href)=["'](?!#)|@import|url\((?!#)""", page)
 
 

@@ -11,6 +11,8 @@
 #include <cmath>
 #include <type_traits>
 
+#include "backward_view.h"
+#include "pair_products.h"
 #include "prefill.h"
 #include "vector_products.h"
 
@@ -52,10 +54,16 @@ class BackwardRows {
     }
 
   private:
+#ifdef NEARPEAK_HAS_PAIRS
+    using Scores = std::conditional_t<kInPairs<T>, PairScores, VectorScores<T>>;
+#else
+    using Scores = VectorScores<T>;
+#endif
+
     const Backward& p;
     const Task& task;
     const Forward pass;
-    Prefill<T, VectorScores<T>> softmax;
+    Prefill<T, Scores> softmax;
 
     static Forward describe(const Backward& p) {
         Forward forward{};
@@ -67,8 +75,8 @@ class BackwardRows {
     RowStatistics& statistics_of(int64_t row) const { return p.statistics[number_in_all(row)]; }
     float* sums_of(int64_t row) const { return p.d_query_sums + number_in_all(row) * p.padded_dim(); }
 
-    // In the very order in which multiply_rows sums dP: so that a row that sees one key only, whose dP is delta, gets
-    // the zero that it should.
+    // In the very order in which dP is summed: so that a row that sees one key only, whose dP is delta, gets the zero
+    // that it should.
     void set_delta(int64_t row) {
         const auto lanes_in = [&](const void* tensor, const Strides& strides) {
             return lanes_of<T>(row, task.row_end, [&](int64_t each) {
@@ -76,6 +84,30 @@ class BackwardRows {
             });
         };
         const Lanes<T> out = lanes_in(p.out, p.out_strides), grad_out = lanes_in(p.grad_out, p.grad_out_strides);
+        Float delta = {};
+        if constexpr (kInPairs<T>) {
+            delta = products_of_pairs(grad_out, out);
+        } else {
+            delta = products_in_chains(grad_out, out);
+        }
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, task.row_end - row); ++i) {
+            statistics_of(row + i).delta = delta[i];
+        }
+    }
+
+    Float products_of_pairs(const Lanes<bfloat16>& grad_out, const Lanes<bfloat16>& out) const {
+        Float delta = {};
+        for (int64_t d = 0; d < p.value_dim; d += 2 * kLanes) {
+            Float g[kLanes], o[kLanes];
+            load_transposed_pairs(grad_out, d, p.value_dim, g);
+            load_transposed_pairs(out, d, p.value_dim, o);
+            const int64_t pairs = std::min<int64_t>(kLanes, (p.value_dim - d + 1) / 2);
+            for (int64_t i = 0; i < pairs; ++i) delta = multiply_add_pairs(g[i], o[i], delta);
+        }
+        return delta;
+    }
+
+    Float products_in_chains(const Lanes<T>& grad_out, const Lanes<T>& out) const {
         Float chain = {}, delta = {};
         for_each_vector(p.value_dim, [&](int64_t d, auto count, int) {
             Float o[kLanes], g[kLanes];
@@ -85,10 +117,7 @@ class BackwardRows {
             const int64_t elements = std::min<int64_t>(kLanes, p.value_dim - d);
             for (int64_t i = 0; i < elements; ++i) chain += g[i] * o[i];
         });
-        delta += chain;
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, task.row_end - row); ++i) {
-            statistics_of(row + i).delta = delta[i];
-        }
+        return delta + chain;
     }
 
     // From natural logarithm to base 2, without erring as much again as lse itself does.

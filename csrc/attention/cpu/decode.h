@@ -11,11 +11,15 @@
 // the order of memory. Without that each product waits for memory in its turn: Zen 3, 8 heads x 4096 x 128 in float32,
 // one thread: 10 GB/s without, 12 with lines fetched in the order in which they are used, 19.5 in memory's order.
 //
+// bfloat16 is multiplied in pairs where the processor can (pairs.h): of dimensions in the scores, of keys in the
+// outputs, whose weights are then rounded to bfloat16.
+//
 // The keys may be split between tasks, whose partial results `merge` combines by their maxima and sums.
 #pragma once
 
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "../../cpu/pairs.h"
 #include "dropout.h"
 #include "kernels.h"
 #include "mask.h"
@@ -28,7 +32,7 @@ constexpr int64_t kDecodeBlock = 32;  // keys; with head_dim 128 in float32, 16 
 constexpr int kRowsTogether = 4;      // at most; a vector of scores holds kLanes / kRows keys of kRows rows each
 constexpr int kSumsTogether = 8;      // as many independent sums as hide the multiply-add's latency
 
-// Queries and outputs lie in memory as kept(lanes) does, padded with zeros to whole vectors.
+// Queries and outputs lie in memory as Decode keeps them, padded with zeros to whole vectors.
 struct DecodeMemory {
     DecodeMemory(const Forward& p, int64_t rows, Arena& arena)
         : query_stride(padded(p.head_dim)),
@@ -36,29 +40,19 @@ struct DecodeMemory {
           query(arena.take((rows + kRowsTogether - 1) * query_stride)),
           out(arena.take((rows + kRowsTogether - 1) * out_stride)),
           scores(arena.take(kDecodeBlock * kRowsTogether + kLanes)),
+          pairs(arena.take(kDecodeBlock / 2 * kRowsTogether + kLanes)),
           terms(p.has_terms() ? arena.take(kDecodeBlock * kRowsTogether + kLanes) : nullptr) {}
 
     static int64_t padded(int64_t dim) { return (dim + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes; }
 
     int64_t query_stride, out_stride;
-    float *query, *out, *scores, *terms;
+    float *query, *out, *scores, *pairs, *terms;
 };
 
 inline void multiply_add(Float& sum, Float a, Float b) { sum += a * b; }
 inline void multiply_add(Float& sum, Two a, Two b) {
     sum += a.low * b.low;
     sum += a.high * b.high;
-}
-
-// GCC would load a query's vector again for each key, and loads are what this loop has most of.
-inline void keep_in_register(Float& value) {
-#if (NEARPEAK_LANES == 16 && defined(__AVX512F__)) || (NEARPEAK_LANES == 8 && defined(__AVX2__))
-    asm("" : "+v"(value));
-#endif
-}
-inline void keep_in_register(Two& value) {
-    keep_in_register(value.low);
-    keep_in_register(value.high);
 }
 
 // The largest, and the sum, over the lanes that hold the same row: every kRows-th.
@@ -146,11 +140,21 @@ class Decode {
         }
     };
 
+    // Pairs stay as they are: scaled, they would be rounded once more.
+    using KeptQuery = std::conditional_t<kInPairs<T>, bfloat16, float>;
+
+    KeptQuery* query_at(int64_t row) const {
+        return reinterpret_cast<KeptQuery*>(memory.query + row * memory.query_stride);
+    }
+
     void load_query(int64_t row) {
         const T* query = query_row<T>(p, task, task.row_begin + row);
-        const float factor = score_factor(p);
-        for_each_two<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
-            store(memory.query + row * memory.query_stride + d, load(query + d, lanes) * factor, kept(lanes));
+        for_each_step<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
+            if constexpr (kInPairs<T>) {
+                store(query_at(row) + d, load(query + d, lanes), kept(lanes));
+            } else {
+                store(query_at(row) + d, load(query + d, lanes) * score_factor(p), kept(lanes));
+            }
         });
     }
 
@@ -189,7 +193,25 @@ class Decode {
         }
         total[row / kRowsTogether] = total[row / kRowsTogether] * decay + sums;
         if (p.drops()) drop_weights<kRows>(row, begin, end);
+        if (kInPairs<T>) pair_weights<kRows>(end - begin);
         add_values<kRows>(row, begin, end, decay);
+    }
+
+    // The weights of two keys each, all rows of them; of a last key alone, with a zero.
+    template <int kRows>
+    void pair_weights(int64_t count) const {
+        for (int64_t i = 0; i < count * kRows; i += 2 * kLanes) {
+            const Float first = load(memory.scores + i);
+            const Float second = i + kLanes < count * kRows ? load(memory.scores + i + kLanes) : Float{};
+            const auto [even, odd] = even_and_odd_keys<kRows>(first, second, std::make_index_sequence<kLanes>());
+            store(memory.pairs + i / 2, pair(even, odd));
+        }
+    }
+
+    template <int kRows, std::size_t... lane>
+    static Two even_and_odd_keys(Float first, Float second, std::index_sequence<lane...>) {
+        return {__builtin_shufflevector(first, second, (lane / kRows * 2 * kRows + lane % kRows)...),
+                __builtin_shufflevector(first, second, (lane / kRows * 2 * kRows + kRows + lane % kRows)...)};
     }
 
     template <int kRows>
@@ -239,20 +261,21 @@ class Decode {
         for (int k = 0; k < kKeys; ++k) {
             at[k] = key_at(std::min(key + k, last));
         }
-        const float* query = memory.query + row * memory.query_stride;
-        for_each_two<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
+        const KeptQuery* query = query_at(row);
+        const int64_t stride = query_at(1) - query_at(0);
+        for_each_step<T>(p.head_dim, [&](int64_t d, auto lanes, int) {
             decltype(load(at[0], lanes)) elements[kKeys];
 #pragma GCC unroll 16
             for (int k = 0; k < kKeys; ++k) elements[k] = load(at[k] + d, lanes);
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-                auto q = load(query + r * memory.query_stride + d, kept(lanes));
+                auto q = load(query + r * stride + d, kept(lanes));
                 keep_in_register(q);
 #pragma GCC unroll 16
                 for (int k = 0; k < kKeys; ++k) multiply_add(sums[k * kRows + r], q, elements[k]);
             }
         });
-        return sum_each(sums);
+        return kInPairs<T> ? sum_each(sums) * score_factor(p) : sum_each(sums);
     }
 
     template <int kRows>
@@ -263,11 +286,12 @@ class Decode {
         Fetch coming_keys{key_at(end), p.key_strides.position, p.head_dim, coming};
         // A next key after so many of these: spread evenly over all columns.
         const int64_t keys_per_fetch = (p.value_dim + kStep - 1) / kStep;
+        using Whole = std::conditional_t<kInPairs<T>, AllPairs, TwoVectors<T>>;
         int64_t d = 0;
         for (; d + kStep <= p.value_dim; d += kStep) {
-            add_columns<kRows, kColumns>(row, d, TwoVectors<T>{}, begin, end, decay, coming_keys, keys_per_fetch);
+            add_columns<kRows, kColumns>(row, d, Whole{}, begin, end, decay, coming_keys, keys_per_fetch);
         }
-        for_each_two<T>(p.value_dim - d, [&](int64_t column, auto lanes, int) {
+        for_each_step<T>(p.value_dim - d, [&](int64_t column, auto lanes, int) {
             add_columns<kRows, 1>(row, d + column, lanes, begin, end, decay, coming_keys, keys_per_fetch);
         });
     }
@@ -275,25 +299,62 @@ class Decode {
     template <int kRows, int kColumns, class Lanes>
     void add_columns(int64_t row, int64_t d, Lanes lanes, int64_t begin, int64_t end, Float decay, Fetch& coming_keys,
                      int64_t keys_per_fetch) {
-        decltype(load(values, lanes)) sums[kRows][kColumns] = {};
-        const T* value = value_at(begin) + d;
-        const float* weight = memory.scores;
+        using Sum = std::conditional_t<kInPairs<T>, Two, decltype(load(values, lanes))>;
+        Sum sums[kRows][kColumns] = {};
         for (int64_t key = begin; key < end;) {
             coming_keys.next();
             const int64_t stop = std::min(key + keys_per_fetch, end);
-            for (; key < stop; ++key, value += p.value_strides.position, weight += kRows) {
-#pragma GCC unroll 4
-                for (int c = 0; c < kColumns; ++c) {
-                    const auto element = load(value + c * 2 * kLanes, lanes);
-#pragma GCC unroll 4
-                    for (int r = 0; r < kRows; ++r) sums[r][c] = sums[r][c] + weight[r] * element;
-                }
+            if constexpr (kInPairs<T>) {
+                for (; key < stop; key += 2) add_two_keys(sums, d, lanes, begin, key, end);
+            } else {
+                for (; key < stop; ++key) add_key(sums, d, lanes, begin, key);
             }
         }
         for (int r = 0; r < kRows; ++r) {
             for (int c = 0; c < kColumns; ++c) {
                 float* at = memory.out + (row + r) * memory.out_stride + d + c * 2 * kLanes;
-                store(at, load(at, kept(lanes)) * decay[r] + sums[r][c], kept(lanes));
+                store(at, load(at, kept_out(lanes)) * decay[r] + sums[r][c], kept_out(lanes));
+            }
+        }
+    }
+
+    // Outputs lie as kept(lanes) does; those of pairs, even elements before odd ones.
+    template <class Lanes>
+    static auto kept_out(Lanes lanes) {
+        if constexpr (kInPairs<T>) {
+            return TwoVectors<float>{};
+        } else {
+            return kept(lanes);
+        }
+    }
+
+    template <int kRows, int kColumns, class Sum, class Lanes>
+    void add_key(Sum (&sums)[kRows][kColumns], int64_t d, Lanes lanes, int64_t begin, int64_t key) const {
+        const T* value = value_at(key) + d;
+        const float* weight = memory.scores + (key - begin) * kRows;
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+            const auto element = load(value + c * 2 * kLanes, lanes);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) sums[r][c] = sums[r][c] + weight[r] * element;
+        }
+    }
+
+    // Of a last key alone, the other one's values are zeros.
+    template <int kRows, int kColumns, class Lanes>
+    void add_two_keys(Two (&sums)[kRows][kColumns], int64_t d, Lanes lanes, int64_t begin, int64_t key,
+                      int64_t end) const {
+        const T *first = value_at(key) + d, *second = value_at(key + 1) + d;
+        const float* weight = memory.pairs + (key - begin) / 2 * kRows;
+#pragma GCC unroll 4
+        for (int c = 0; c < kColumns; ++c) {
+            const Float other = key + 1 < end ? load(second + c * 2 * kLanes, lanes).bits : Float{};
+            const Two elements = pairs_across(load(first + c * 2 * kLanes, lanes).bits, other);
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+                const Float pair = broadcast(weight[r]);
+                sums[r][c].low = multiply_add_pairs(pair, elements.low, sums[r][c].low);
+                sums[r][c].high = multiply_add_pairs(pair, elements.high, sums[r][c].high);
             }
         }
     }
@@ -312,15 +373,16 @@ class Decode {
             float* to = partial + row * (p.value_dim + 2);
             to[0] = row_maximum;
             to[1] = row_total;
-            for_each_two<T>(p.value_dim,
-                            [&](int64_t d, auto lanes, int) { store(to + 2 + d, load(out + d, kept(lanes)), lanes); });
+            for_each_step<T>(p.value_dim, [&](int64_t d, auto lanes, int) {
+                store(to + 2 + d, load(out + d, kept_out(lanes)), lanes);
+            });
             return;
         }
         const Softmax softmax = with_sink(p, task, task.row_begin + row, row_maximum, row_total);
         const float inverse = out_factor(p, softmax);
         T* to = out_row<T>(p, task, task.row_begin + row);
-        for_each_two<T>(p.value_dim, [&](int64_t d, auto lanes, int) {
-            store(to + d, load(out + d, kept(lanes)) * inverse, lanes);
+        for_each_step<T>(p.value_dim, [&](int64_t d, auto lanes, int) {
+            store(to + d, load(out + d, kept_out(lanes)) * inverse, lanes);
         });
         write_lse(p, task, task.row_begin + row, softmax.maximum, softmax.total);
     }

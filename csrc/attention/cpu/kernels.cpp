@@ -8,8 +8,11 @@
 #include "backward.h"
 #include "backward_rows.h"
 #include "decode.h"
+#include "pair_gradients.h"
+#include "pair_products.h"
 #include "prefill.h"
 #include "tile_products.h"
+#include "vector_gradients.h"
 #include "vector_products.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -18,13 +21,27 @@ namespace {
 #ifdef NEARPEAK_HAS_TILES
 template <class T>
 using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, TileProducts, VectorProducts<T>>;
+#elif defined(NEARPEAK_HAS_PAIRS)
+template <class T>
+using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, PairProducts, VectorProducts<T>>;
 #else
 template <class T>
 using ProductsOf = VectorProducts<T>;
 #endif
 
+#ifdef NEARPEAK_HAS_PAIRS
+template <class T>
+using GradientsOf = std::conditional_t<kInPairs<T>, PairGradients, VectorGradients<T>>;
+#else
+template <class T>
+using GradientsOf = VectorGradients<T>;
+#endif
+
 template <class T>
 using PrefillOf = Prefill<T, ProductsOf<T>>;
+
+template <class T>
+using BackwardBlockOf = BackwardBlock<T, GradientsOf<T>>;
 
 int64_t prefill_scratch(const Forward& p, int64_t rows) {
     Arena counting(nullptr);
@@ -75,14 +92,14 @@ void finish_rows(const Backward& p, const Task& task, float* scratch) {
 int64_t backward_scratch(const Backward& p) {
     Arena counting(nullptr);
     const Task task{};
-    with_type(p.dtype, [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
+    with_type(p.dtype, [&](auto* t) { BackwardBlockOf<std::remove_pointer_t<decltype(t)>>(p, task, counting); });
     return counting.floats();
 }
 
 void backward(const Backward& p, const Task& task, float* scratch, const Turn* before, Turn* own) {
     Arena arena(scratch);
     with_type(p.dtype,
-              [&](auto* t) { BackwardBlock<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
+              [&](auto* t) { BackwardBlockOf<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
 }
 
 }  // namespace

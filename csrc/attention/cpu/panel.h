@@ -55,4 +55,21 @@ Lanes<T> query_lanes(const Call& p, const Task& task, PanelRows rows, int half) 
     return lanes_of<T>(rows.begin + half * kLanes, rows.end, [&](int64_t row) { return query_row<T>(p, task, row); });
 }
 
+// block[i][lane] = pair (d + 2 i, d + 2 i + 1) of the lane's row.
+inline void load_transposed_pairs(const Lanes<bfloat16>& lanes, int64_t d, int64_t dim, Float (&block)[kLanes]) {
+    for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_some_pairs(lanes.rows[lane], d, dim);
+    transpose(block);
+}
+
+// to[i][lane] = pair (2 i, 2 i + 1) of the lane's row; the rows of `to` are kPanel apart.
+inline void transpose_pairs(const Lanes<bfloat16>& lanes, int64_t dim, float* to) {
+    const int64_t pairs = (dim + 1) / 2;
+    for (int64_t first = 0; first < pairs; first += kLanes) {
+        Float block[kLanes];
+        load_transposed_pairs(lanes, 2 * first, dim, block);
+        const int64_t count = std::min<int64_t>(kLanes, pairs - first);
+        for (int64_t i = 0; i < count; ++i) store(to + (first + i) * kPanel, block[i]);
+    }
+}
+
 }  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -41,8 +41,7 @@ class TileProducts {
             const auto lanes = query_lanes<bfloat16>(p, task, PanelRows(task, panel), half);
             for (int64_t d = 0; d < padded_dim(p); d += kTileDepth) {
                 Float block[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_pairs(lanes.rows[lane], d);
-                transpose(block);
+                load_transposed_pairs(lanes, d, p.head_dim, block);
                 float* to = reinterpret_cast<float*>(query_factor(panel, half, d));
                 for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);
             }
@@ -135,22 +134,14 @@ class TileProducts {
         store_sums<1, 1>(to + kTileRows * kPanel + kLanes, kPanel * 4);
     }
 
-    // Elements d .. d + 31 of a row as they lie, zeros past its end.
-    Float load_pairs(const bfloat16* row, int64_t d) const {
-        Float value = {};
-        if (row && d < p.head_dim) {
-            std::memcpy(&value, row + d, std::min<int64_t>(kTileDepth, p.head_dim - d) * sizeof(bfloat16));
-        }
-        return value;
-    }
-
     // Rows of padded_dim elements, zeros past head_dim and past the last key.
     void copy_keys() {
         const bfloat16* from = key_rows<bfloat16>(p, task) + block_begin * p.key_strides.position;
         const int64_t stride = padded_dim(p);
         for (int64_t k = 0; k < block_keys; ++k) {
             for (int64_t d = 0; d < stride; d += kTileDepth) {
-                store(reinterpret_cast<float*>(key + k * stride + d), load_pairs(from + k * p.key_strides.position, d));
+                store(reinterpret_cast<float*>(key + k * stride + d),
+                      load_some_pairs(from + k * p.key_strides.position, d, p.head_dim));
             }
         }
         std::memset(key + block_keys * stride, 0, kStep * stride * sizeof(bfloat16));
@@ -174,25 +165,19 @@ class TileProducts {
     }
 
     Short value_bits(const bfloat16* from, int64_t k, int64_t d) const {
-        Short bits = {};
-        if (k < block_keys && d < p.value_dim) {
-            std::memcpy(&bits, from + k * p.value_strides.position + d,
-                        std::min<int64_t>(kLanes, p.value_dim - d) * sizeof(bfloat16));
-        }
-        return bits;
+        return load_some_bits(k < block_keys ? from + k * p.value_strides.position : nullptr, d, p.value_dim);
     }
 
     // Weights of keys [begin, end) in bfloat16, in whole steps with zeros around them.
     void pair_weights(int64_t begin, int64_t end, const float* weights) {
         for (int half = 0; half < kPanelVectors; ++half) {
-            const auto bits_of = [&](int64_t k) {
-                if (k < begin || k >= end) return Short{};
-                return narrow_bfloat16(load(weights + (k - begin) * kPanel + half * kLanes));
+            const auto weights_of = [&](int64_t k) {
+                return k < begin || k >= end ? Float{} : load(weights + (k - begin) * kPanel + half * kLanes);
             };
             for (int64_t k = begin / kStep * kStep; k < end; k += kStep) {
                 float* to = reinterpret_cast<float*>(weight_factor(half, k));
                 for (int row = 0; row < kTileRows; ++row) {
-                    store(to + row * kLanes, pair(bits_of(k + 2 * row), bits_of(k + 2 * row + 1)));
+                    store(to + row * kLanes, pair(weights_of(k + 2 * row), weights_of(k + 2 * row + 1)));
                 }
             }
         }

@@ -18,7 +18,8 @@
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
-// A panel of kSteps fills half of a 32 KiB first-level cache, kLeftRows of them 400 of 512 KiB in the second.
+// In steps of 32 bits. A panel of kSteps fills half of a 32 KiB first-level cache, kLeftRows of them 400 of 512 KiB in
+// the second.
 constexpr int64_t kSteps = 256, kLeftRows = 384;
 // Of a single panel nothing is used again but the panel: then rows of the weight are read from end to end, a few at a
 // time, as memory likes it.
@@ -30,7 +31,7 @@ class BlockProduct {
     BlockProduct(const Product& product, const Block& its_block, Arena& arena)
         : p(product),
           block(its_block),
-          steps(std::clamp<int64_t>(p.steps, 1, narrow() ? kNarrowSteps : kSteps)),
+          steps(std::clamp<int64_t>(in_steps<Step>(p.steps), 1, narrow() ? kNarrowSteps : kSteps)),
           left_rows(std::min(narrow() ? kNarrowLeftRows : kLeftRows, rows())),
           // Rows a power of two apart would fall into few sets of the cache.
           left_stride(round_up(steps, kLanes) + kPanel),
@@ -39,8 +40,8 @@ class BlockProduct {
           sums(arena.take(panels() * rows() * kPanel)) {}
 
     void run() {
-        for (int64_t step = 0; step == 0 || step < p.steps; step += steps) {
-            const Range chunk{step, std::min(step + steps, p.steps)};
+        for (int64_t element = 0; element == 0 || element < p.steps; element += steps * Step::kElements) {
+            const Range chunk{element, std::min(element + steps * Step::kElements, p.steps)};
             pack_right(chunk);
             for (int64_t row = 0; row < rows(); row += left_rows) {
                 const int64_t count = std::min(left_rows, rows() - row);
@@ -58,6 +59,8 @@ class BlockProduct {
     }
 
   private:
+    using Step = StepOf<T>;
+
     const Product& p;
     const Block& block;
     const int64_t steps, left_rows, left_stride;
@@ -76,9 +79,9 @@ class BlockProduct {
             const Range its_columns{first, std::min(first + kPanel, block.column_end)};
             float* to = right + panel * steps * kPanel;
             if (p.right_matrix.transposed) {
-                transpose_rows(from, its_columns, chunk, to, kPanel, kPanel);
+                transpose_panel<Step>(from, its_columns, chunk, to);
             } else {
-                copy_rows(from, chunk, its_columns, to, kPanel);
+                copy_panel<Step>(from, its_columns, chunk, to);
             }
         }
     }
@@ -86,9 +89,9 @@ class BlockProduct {
     void pack_left(Range its_rows, Range chunk) {
         const Stored<T> from{static_cast<const T*>(p.left), p.left_matrix.rows};
         if (p.left_matrix.transposed) {
-            transpose_rows(from, chunk, its_rows, left, left_stride, round_up(chunk.size(), kLanes));
+            transpose_left<Step>(from, its_rows, chunk, left, left_stride);
         } else {
-            copy_rows(from, its_rows, chunk, left, left_stride);
+            copy_left<Step>(from, its_rows, chunk, left, left_stride);
         }
     }
 
@@ -118,13 +121,15 @@ class BlockProduct {
     void multiply(int64_t row, Range chunk, const float* panel, float* out) const {
         const int64_t chain = std::is_same_v<T, float> ? kChain : steps;
         const float* from = left + row * left_stride;
-        for (int64_t step = 0; step == 0 || step < chunk.size(); step += chain) {
+        const int64_t size = in_steps<Step>(chunk.size());
+        for (int64_t step = 0; step == 0 || step < size; step += chain) {
             const RowWise<kRows> rows(from + step, left_stride);
-            const int64_t count = std::min(chain, chunk.size() - step);
+            const float* at = panel + step * kPanel;
+            const int64_t count = std::min(chain, size - step);
             if (chunk.begin + step == 0) {
-                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kReplace);
+                multiply_tile<kRows, kVectors, Step>(rows, at, kPanel, count, out, kPanel, kReplace);
             } else {
-                multiply_tile<kRows, kVectors>(rows, panel + step * kPanel, kPanel, count, out, kPanel, kAdd);
+                multiply_tile<kRows, kVectors, Step>(rows, at, kPanel, count, out, kPanel, kAdd);
             }
         }
     }

@@ -46,6 +46,6 @@ void few_columns(const Product& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const Kernels kernels = {scratch, multiply, few_columns_scratch, few_columns};
+const Kernels kernels = {scratch, multiply, kFewColumns, few_columns_scratch, few_columns};
 
 }  // namespace nearpeak::linear::NEARPEAK_ISA

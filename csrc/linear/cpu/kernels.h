@@ -43,15 +43,14 @@ struct Block {
 // second-level cache.
 constexpr int64_t kBlockColumns = 256;
 
-// Columns of `few_columns` at most.
-constexpr int64_t kFewColumns = 8;
-
 struct Kernels {
     // Floats of scratch memory that `multiply` needs for this block.
     int64_t (*scratch)(const Product&, const Block&);
     void (*multiply)(const Product&, const Block&, float* scratch);
 
-    // For y^T of few rows of x: rows [begin, end) of `out`, all columns. The weight's bytes are the limit.
+    // For y^T of few rows of x, up to `most_few_columns`: rows [begin, end) of `out`, all columns. The weight's bytes
+    // are the limit.
+    int64_t most_few_columns;
     int64_t (*few_columns_scratch)(const Product&);
     void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
 };

@@ -2,7 +2,8 @@
 
 #include "kernels.h"
 
-#include "../../cpu/vector.h"
+#include "../../cpu/register_tiles.h"
+#include "../../cpu/tiles.h"
 
 namespace nearpeak::peaks::NEARPEAK_ISA {
 
@@ -10,8 +11,9 @@ using namespace nearpeak::NEARPEAK_ISA;
 
 namespace {
 
-double multiply_add(Dtype, int64_t rounds) {
-    constexpr int kChains = 12;  // enough to hide a latency of 4 cycles at 2 a cycle, few enough for 16 registers
+template <class Step>
+double multiply_add_vectors(int64_t rounds) {
+    constexpr int kChains = 12;  // enough to hide a latency of 6 cycles at 2 a cycle, few enough for 16 registers
     volatile float unknown = 1.0f;
     volatile float sink;
     const Float a = broadcast(unknown), b = broadcast(unknown * 1e-9f);
@@ -19,11 +21,39 @@ double multiply_add(Dtype, int64_t rounds) {
     for (int chain = 0; chain < kChains; ++chain) sums[chain] = b * static_cast<float>(chain);  // none equals another
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 12
-        for (int chain = 0; chain < kChains; ++chain) sums[chain] = sums[chain] * a + b;
+        for (int chain = 0; chain < kChains; ++chain) sums[chain] = Step::multiply_add(a, b, sums[chain]);
     }
     sink = sum(add_up(sums));
     (void)sink;
-    return 2.0 * kLanes * kChains * static_cast<double>(rounds);
+    return 2.0 * Step::kElements * kLanes * kChains * static_cast<double>(rounds);
+}
+
+#ifdef NEARPEAK_HAS_TILES
+double multiply_add_tiles(int64_t rounds) {
+    constexpr int64_t kRowBytes = 64;
+    const bfloat16 zeros[kTileRows * kTileDepth] = {};
+    TileUnit unit;
+    load_left<0>(zeros, kRowBytes);
+    load_left<1>(zeros, kRowBytes);
+    load_right<0>(zeros, kRowBytes);
+    load_right<1>(zeros, kRowBytes);
+    zero_sums<0, 0>();
+    zero_sums<0, 1>();
+    zero_sums<1, 0>();
+    zero_sums<1, 1>();
+    for (int64_t round = 0; round < rounds; ++round) multiply_all_tiles();
+    return 4.0 * 2 * kTileRows * kTileRows * kTileDepth * static_cast<double>(rounds);
+}
+#endif
+
+double multiply_add(Dtype dtype, int64_t rounds) {
+#if defined(NEARPEAK_HAS_TILES)
+    constexpr int64_t kRoundsPerTileRound = 64;  // a round of tiles takes about that much longer
+    if (dtype == Dtype::bfloat16) return multiply_add_tiles(rounds / kRoundsPerTileRound);
+#elif defined(NEARPEAK_HAS_PAIRS)
+    if (dtype == Dtype::bfloat16) return multiply_add_vectors<Pairs>(rounds);
+#endif
+    return multiply_add_vectors<Singles>(rounds);
 }
 
 float read(const float* from, int64_t count) {

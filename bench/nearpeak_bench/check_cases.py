@@ -1,0 +1,217 @@
+"""What `nearpeak check` runs: the suites' operators in small odd shapes, and operators for what no suite measures.
+
+Those have no work to be timed against, and no baselines: attention with each of its terms and with sequences of
+different lengths, its lse among the results; parts merged; packed gate and up; the other forms of RMSNorm and rotary.
+"""
+
+import nearpeak
+import torch
+import torch.nn.functional as F
+from nearpeak.attention import dropout
+from nearpeak.attention import reference as attention_reference
+from nearpeak.feedforward import reference as feedforward_reference
+from nearpeak.norm import reference as norm_reference
+from nearpeak.rotary import reference as rotary_reference
+
+from . import plain
+from .cases import Operator
+
+EPS = 1e-6
+ROWS = [{"rows": 5, "width": 77}, {"rows": 2, "width": 640}]
+HEADS = {"heads": 4, "key_heads": 2, "head_dim": 40}
+WIDE = {"heads": 2, "key_heads": 1, "head_dim": 288}
+TURNED = [{**HEADS, "sequence": 7, "layout": layout} for layout in ("transposed", "contiguous")]
+TERMS = {"batch": 2, "heads": 3, "length": 37, "head_dim": 32}
+PAIRS = [{**HEADS, "batch": 2, "queries": queries, "keys": keys} for queries, keys in ((37, 37), (5, 133))]
+# A gradient has one element a head: of a few dozen in all draws, one layer rounds some better by chance.
+MANY_HEADS = {"batch": 1, "heads": 64, "key_heads": 4, "head_dim": 8}
+SINKS = [{**MANY_HEADS, "queries": queries, "keys": keys} for queries, keys in ((37, 37), (5, 133))]
+SEQUENCES = [{**HEADS, "lengths": "17,1,0,33,5"}]
+SHAPES = {
+    **dict.fromkeys(
+        ("rms_norm", "rms_norm_out", "rms_norm_gemma", "add_rms_norm", "add_rms_norm_out", "layer_norm",
+         "layer_norm_out", "add_layer_norm", "post_layer_norm", "swiglu", "swiglu_packed", "geglu", "geglu_tanh",
+         "reglu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu_squared"), ROWS),
+    **dict.fromkeys(("apply_rotary", "apply_rotary_inplace"), TURNED),
+    "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
+    "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
+    "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
+    + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}, {**WIDE, "queries": 9, "keys": 19, "mask": "causal"}],
+    "attention_window": [{**HEADS, "queries": 70, "keys": 70, "mask": 17}],
+    "attention_decode": [{**HEADS, "queries": 1, "keys": 523, "mask": "full"}],
+    "attention_latent": [{**HEADS, "queries": 37, "keys": 37, "mask": "causal", "value_dim": 24}],
+    "attention_terms": [{**TERMS, "term": term} for term in ("padding", "bias", "alibi")],
+    "attention_bias": [{**TERMS, "term": "bias"}],
+    **dict.fromkeys(("attention_softcap", "attention_dropout", "attention_key_ranges"), PAIRS),
+    "attention_sinks": SINKS,
+    "attention_packed": SEQUENCES,
+    "merge_attention": [{"heads": 3, "queries": 37, "head_dim": 40}],
+}  # fmt: skip
+
+
+def _attention_reference(
+    query, key, value, *, causal, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None,
+    query_starts=None, key_starts=None, key_ends=None,
+):  # fmt: skip
+    seed = None if dropout_seed is None else torch.tensor(dropout_seed, device=query.device)
+    return attention_reference.attention(
+        query, key, value, None, 0 if causal else None, query.shape[3] ** -0.5, softcap, None, None, None, sinks,
+        query_starts, key_starts, key_ends, seed, dropout_p,
+    )  # fmt: skip
+
+
+def _attention_plain(query, key, value, *, query_starts=None, key_starts=None, key_ends=None, **options):
+    """Eager attention, sequence by sequence where they have bounds."""
+    parts = attention_reference.sequences(query, key, query_starts, key_starts, key_ends)
+    if not parts:
+        return _eager(query, key, value, **options)
+    results = [
+        _eager(query[batch : batch + 1, :, rows], key[batch : batch + 1, :, keys], value[batch : batch + 1, :, keys],
+               **options)
+        for batch, rows, keys in parts
+    ]  # fmt: skip
+    out, lse = zip(*results, strict=True)
+    dimension = 0 if query_starts is None else 2
+    return torch.cat(out, dimension), torch.cat(lse, dimension)
+
+
+def _eager(query, key, value, *, causal, softcap=None, sinks=None, dropout_p=0.0, dropout_seed=None):
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    mask = attention_reference.allowed(queries, keys, None, 0 if causal else None, query.device)
+    factors = None
+    if dropout_p:
+        seed = torch.tensor(dropout_seed, device=query.device)
+        factors = dropout.kept(seed, dropout_p, (batch, heads, queries, keys)).to(query.dtype) / (1 - dropout_p)
+    return plain.attention(query, key, value, mask, head_dim**-0.5, softcap, (), sinks, factors)
+
+
+def _attention(name, options, differentiable=()):
+    """Attention in a batch of equal lengths; options(random, **shape) gives what it is called with besides."""
+
+    def inputs(random, batch, heads, key_heads, queries, keys, head_dim):
+        tensors = {"query": random(batch, heads, queries, head_dim), "causal": True}
+        tensors |= {each: random(batch, key_heads, keys, head_dim) for each in ("key", "value")}
+        return tensors | options(random, batch=batch, heads=heads, keys=keys)
+
+    return _attention_operator(name, "{batch}x{heads}:{key_heads}x{queries}x{keys}x{head_dim}", inputs, differentiable)
+
+
+def _attention_operator(name, shape, inputs, differentiable=()):
+    operator = Operator(
+        name=name,
+        shape=shape,
+        inputs=inputs,
+        reference=_attention_reference,
+        plain=_attention_plain,
+        work={},
+        kernels={"forward": "attention_inference", "training": "attention_backward"},
+        differentiable=("query", "key", "value", *differentiable),
+    )
+    operator.implementation("nearpeak")(lambda **inputs: lambda: nearpeak.attention(**inputs, return_lse=True))
+
+
+def _packed(random, heads, key_heads, head_dim, lengths):
+    starts = torch.tensor([0, *map(int, lengths.split(","))]).cumsum(0).to(torch.int32)
+    total = int(starts[-1])
+    tensors = {"query": random(1, heads, total, head_dim), "causal": True}
+    tensors |= {each: random(1, key_heads, total, head_dim) for each in ("key", "value")}
+    return tensors | {"query_starts": starts, "key_starts": starts}
+
+
+def _key_ranges(random, batch, heads, keys):
+    return {"key_starts": torch.arange(batch), "key_ends": keys - torch.arange(batch), "causal": False}
+
+
+_attention("attention_softcap", lambda random, **shape: {"softcap": 3.0})
+_attention("attention_sinks", lambda random, batch, heads, keys: {"sinks": random(heads)}, differentiable=["sinks"])
+_attention("attention_dropout", lambda random, **shape: {"dropout_p": 0.3, "dropout_seed": 7})
+_attention("attention_key_ranges", _key_ranges)
+_attention_operator("attention_packed", "{heads}:{key_heads}x({lengths})x{head_dim}", _packed)
+
+
+def _parts(random, heads, queries, head_dim):
+    def part(number):
+        shape = 1, heads, queries
+        return {f"out{number}": random(*shape, head_dim), f"lse{number}": random(*shape).float()}
+
+    return part(1) | part(2)
+
+
+def _merge_reference(out1, lse1, out2, lse2):
+    weights = torch.softmax(torch.stack((lse1, lse2)), 0)[..., None]
+    return weights[0] * out1 + weights[1] * out2, torch.logaddexp(lse1, lse2)
+
+
+def _merge_plain(out1, lse1, out2, lse2):
+    """As ring attention is written: https://github.com/zhuzilin/ring-flash-attention."""
+    out = out1.float() - torch.sigmoid(lse2 - lse1)[..., None] * (out1.float() - out2.float())
+    return out.to(out1.dtype), lse1 - F.logsigmoid(lse1 - lse2)
+
+
+merge_attention = Operator(
+    name="merge_attention",
+    shape="{heads}x{queries}x{head_dim}",
+    inputs=_parts,
+    reference=_merge_reference,
+    plain=_merge_plain,
+    work={},
+    kernels={"forward": "", "training": ""},
+    differentiable=("out1", "lse1", "out2", "lse2"),
+)
+merge_attention.implementation("nearpeak")(lambda **inputs: lambda: nearpeak.merge_attention(**inputs))
+
+swiglu_packed = Operator(
+    name="swiglu_packed",
+    shape="{rows}x{width}",
+    inputs=lambda random, rows, width: {"packed": random(rows, 2 * width)},
+    reference=lambda packed: feedforward_reference.packed_gated_activation(
+        packed, feedforward_reference.NAMES.index("silu"), False
+    ),
+    plain=lambda packed: F.silu(packed.chunk(2, -1)[0]) * packed.chunk(2, -1)[1],
+    work={},
+    kernels={"forward": "packed_gated_activation_inference", "backward": "packed_gated_activation_backward"},
+    differentiable=("packed",),
+)
+swiglu_packed.implementation("nearpeak")(lambda packed: lambda: nearpeak.swiglu(packed))
+
+
+def _gemma_plain(x, weight):
+    """As Hugging Face's transformers writes it."""
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return (y * (1.0 + weight.float())).to(x.dtype)
+
+
+rms_norm_gemma = Operator(
+    name="rms_norm_gemma",
+    shape="{rows}x{width}",
+    inputs=lambda random, rows, width: {"x": random(rows, width), "weight": random(width)},
+    reference=lambda x, weight: norm_reference.rms_norm(x, weight, EPS, 1.0),
+    plain=_gemma_plain,
+    work={},
+    kernels={"forward": "rms_norm_inference", "backward": "rms_norm_backward"},
+    differentiable=("x", "weight"),
+)
+rms_norm_gemma.implementation("nearpeak")(lambda x, weight: lambda: nearpeak.rms_norm(x, weight, EPS, offset=1.0))
+
+
+def _turned(random, heads, key_heads, sequence, head_dim):
+    angles = torch.outer(1000.0 + torch.arange(sequence), 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
+    query, key = random(1, heads, sequence, head_dim), random(1, key_heads, sequence, head_dim)
+    return {"query": query, "key": key, "cos": angles.cos().to(query), "sin": angles.sin().to(query)}
+
+
+apply_rotary_interleaved = Operator(
+    name="apply_rotary_interleaved",
+    shape="{heads}:{key_heads}x{sequence}x{head_dim}",
+    inputs=_turned,
+    reference=lambda query, key, cos, sin: rotary_reference.apply_rotary(query, key, cos, sin, True, False),
+    plain=lambda query, key, cos, sin: plain.rotary(query, key, cos, sin, True),
+    work={},
+    kernels={"forward": "apply_rotary_inference", "backward": "apply_rotary"},
+    differentiable=("query", "key"),
+)
+apply_rotary_interleaved.implementation("nearpeak")(
+    lambda query, key, cos, sin: lambda: nearpeak.apply_rotary(query, key, cos, sin, interleaved=True)
+)
