@@ -206,6 +206,7 @@ def inspect_multiply():
         (["no.py"], "there is no file no.py"),
         (["empty.py"], "empty.py has no case: define a function inspect_NAME()"),
         (["compare", "a.json"], "compare takes two files of results"),
+        (["compare", "a.json", "b.json", "--target", "sm_90"], "compare does nothing with --target: leave it out"),
         (["compare", "no.json", "no.json"], "cannot read no.json"),
         (["compare", "empty.py", "empty.py"], "empty.py holds no results of this version of nearpeak inspect"),
     ],
