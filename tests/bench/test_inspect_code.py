@@ -184,6 +184,13 @@ def test_assembly_of_amd():
     assert (store.stored, store.width) == (64 * 2, 2)
 
 
+def test_a_loop_may_run_on_into_its_header():
+    """As AMD's compiler lays them out: entered in the middle, its last block in front of its first."""
+    code = "\ts_branch .LBB0_3\n.LBB0_2:\n\tv_add_f32_e32 v0, v0, v1\n\ts_cbranch_scc0 .LBB0_4\n.LBB0_3:\n"
+    code += "\tv_exp_f32_e32 v5, v5\n\ts_branch .LBB0_2\n.LBB0_4:\n\ts_endpgm\n"
+    assert loops.hottest(amdgcn.parse(code)) == [1, 2, 3, 4]
+
+
 def test_cycles_by_hand():
     """4 warps: 2 x 4 x 32 threads at 16 a clock; 512 bytes a warp at 128; 4 x 4096 operations at 2048."""
     code = " MUFU.EX2 R0, R0 ;\n MUFU.EX2 R1, R1 ;\n LDG.E.128 R4, [R2] ;\n HMMA.16816.F32.BF16 R4, R8, R10, R4 ;"

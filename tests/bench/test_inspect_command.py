@@ -14,6 +14,8 @@ from nearpeak_bench import exits
 from nearpeak_bench.inspect import comparison, gate
 from nearpeak_bench.inspect.results import Results
 
+# Triton's own word to users who leave the choice to it, as the documentation's example does.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "inspect.md"
 KERNEL = """
 import torch
@@ -162,7 +164,7 @@ def test_what_does_not_compile_costs_its_own_row(kernel, folder):
     (folder / "kernel.py").write_text(KERNEL % 4 + broken + nothing)
     result = invoke("inspect", kernel)
     assert result.exit_code == exits.CRASHED
-    assert "broken sm_90 failed: CompilationError: arange's range must be a power of 2" in result.stdout
+    assert re.search(r"broken sm_90 failed: \w+: .*arange's range must be a power of 2", flat(result.stdout))
     assert "nothing launches no Triton kernel" in flat(result.stdout)
     assert "double" in result.stdout
 
@@ -204,6 +206,7 @@ def inspect_multiply():
         (["no.py"], "there is no file no.py"),
         (["empty.py"], "empty.py has no case: define a function inspect_NAME()"),
         (["compare", "a.json"], "compare takes two files of results"),
+        (["compare", "a.json", "b.json", "--target", "sm_90"], "compare does nothing with --target: leave it out"),
         (["compare", "no.json", "no.json"], "cannot read no.json"),
         (["compare", "empty.py", "empty.py"], "empty.py holds no results of this version of nearpeak inspect"),
     ],

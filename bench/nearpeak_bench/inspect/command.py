@@ -43,6 +43,7 @@ def run(options: Options, console: rich.console.Console) -> int:
     if options.names[:1] == (COMPARE,):
         if len(options.names) != 3:
             raise UsageError("compare takes two files of results: nearpeak inspect compare before.json after.json")
+        _refuse_unread(options)
         before, after = (comparison.load(pathlib.Path(name)) for name in options.names[1:])
         return _compared(before, after, conditions, options, console)
     if any(condition.measure == gate.WORSE for condition in conditions) and not options.against:
@@ -58,6 +59,15 @@ def run(options: Options, console: rich.console.Console) -> int:
         _write(options, console, {"json": Results.to_json, "html": page.to_html, "markdown": _to_markdown}, found)
         code = _judge(found, conditions, console)
     return code if found.complete else INTERRUPTED
+
+
+def _refuse_unread(options: Options) -> None:
+    """UsageError for an option that compare would leave unread: its files say what was compiled."""
+    unread = {"--target": options.targets, "--full": options.full, "--filter": options.pattern,
+              "--against": options.against}  # fmt: skip
+    for option, given in unread.items():
+        if given:
+            raise UsageError(f"compare does nothing with {option}: leave it out")
 
 
 def _targets(names: tuple[str, ...]) -> list[Target]:
@@ -129,9 +139,12 @@ def _compiled(case: Case, target: Target) -> list:
     return codes
 
 
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[-1].strip() or lines[0]}"
+def _reason(error: BaseException) -> str:
+    """One line: the first cause, since a compiler's error in a called function comes wrapped in the caller's."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 def _show(found: Results, console: rich.console.Console) -> None:
@@ -195,14 +208,9 @@ def _write(options: Options, console: rich.console.Console, renderers: dict, fou
 
 def _to_markdown(found: Results) -> str:
     head = f"## nearpeak inspect, {found.created}\n\nTriton {found.triton}\n\n"
-    return f"{head}{_markdown(tables.tables_of(found))}\n{tables.EXPLANATION} {tables.LOOPS_EXPLANATION}\n"
+    return f"{head}{table.to_markdown(tables.tables_of(found))}\n{tables.EXPLANATION} {tables.LOOPS_EXPLANATION}\n"
 
 
 def _comparison_to_markdown(found: comparison.Comparison) -> str:
     remarks = "\n\n".join(_remarks(found))
-    return f"## nearpeak inspect compare\n\n{remarks}\n\n{_markdown([tables.comparison_table(found)])}"
-
-
-def _markdown(shown: list[table.Table]) -> str:
-    # What the columns of a benchmark mean says nothing here.
-    return table.to_markdown(shown).removesuffix(f"{table.EXPLANATION}\n")
+    return f"## nearpeak inspect compare\n\n{remarks}\n\n{table.to_markdown([tables.comparison_table(found)])}"

@@ -1,9 +1,9 @@
 """The loop of a kernel that its time goes to, found in the machine code's flow of control.
 
-A loop is natural: a jump back to an instruction that every way to the jump passes (its header), with all that leads
-from the header to the jump (Aho, Lam, Sethi, Ullman, "Compilers", 9.6). Of those without a loop inside, the hottest has
-the most matrix work, then the most traffic; of loops with the same work, as those of masked and whole blocks, the one
-with fewer instructions runs more often.
+A loop is natural: a way back to an instruction that every way there passes (its header), with all that leads from the
+header to that way (Aho, Lam, Sethi, Ullman, "Compilers", 9.6). Of those without a loop inside, the hottest has the most
+matrix work, then the most traffic; of loops with the same work, as those of masked and whole blocks, the one with fewer
+instructions runs more often.
 """
 
 import networkx
@@ -39,23 +39,23 @@ def flow(instructions: list[Instruction]) -> networkx.DiGraph:
 
 
 def _natural(instructions: list[Instruction]) -> list[set[int]]:
-    """The loops' instructions; those that share a header are one."""
+    """The loops' instructions; those that share a header are one. The way back may also run on into the header."""
     graph = flow(instructions)
     dominators = networkx.immediate_dominators(graph, 0) if instructions else {}
     loops: dict[int, set[int]] = {}
-    for jump in dominators:
-        for header in graph.successors(jump):
-            if instructions[jump].target in instructions[header].labels and _dominates(header, jump, dominators):
-                loops.setdefault(header, {header}).update(_reaching(jump, header, graph, dominators))
+    for index in dominators:
+        for header in graph.successors(index):
+            if instructions[header].labels and _dominates(header, index, dominators):
+                loops.setdefault(header, {header}).update(_reaching(index, header, graph, dominators))
     return list(loops.values())
 
 
-def _reaching(jump: int, header: int, graph: networkx.DiGraph, within) -> set[int]:
-    """All that leads to `jump` without passing `header`."""
-    if jump == header:
-        return {jump}
+def _reaching(index: int, header: int, graph: networkx.DiGraph, within) -> set[int]:
+    """All that leads to `index` without passing `header`, among what can run."""
+    if index == header:
+        return {index}
     others = graph.subgraph(set(within) - {header})
-    return networkx.ancestors(others, jump) | {jump}
+    return networkx.ancestors(others, index) | {index}
 
 
 def _dominates(header: int, index: int, dominators: dict[int, int | None]) -> bool:

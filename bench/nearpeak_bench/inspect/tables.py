@@ -14,7 +14,7 @@ EXPLANATION = (
     "traffic takes at this processor's share of the board's bandwidth, and the share of it that caches must serve for "
     "the pipe to be the bound. Rates are the vendors' peak rates (docs/inspect.md); latencies come on top."
 )
-LOOPS_EXPLANATION = "Below the cycles: how many instructions of a warp run on the pipe."
+LOOPS_EXPLANATION = "Below the cycles, or in brackets: how many instructions of a warp run on the pipe."
 
 
 def tables_of(results: Results) -> list[Table]:
@@ -85,12 +85,14 @@ def loops_table(codes: list[Code]) -> Table:
     headers = ["kernel", "target", "instructions", *names, "bound"]
     lines = []
     for code in codes:
+        first = [f"{code.name} ({code.case})", code.target, str(code.loop.instructions)]
         cells = [_pipe_text(code.loop, name) for name in names]
-        lines.append(
-            Line([f"{code.name} ({code.case})", code.target, str(code.loop.instructions), *cells, code.loop.bound],
-                 "fine", "")
-        )  # fmt: skip
+        lines.append(Line([*first, *cells, _bound_text(code.loop)], "fine", ""))
     return Table(LOOPS, headers, lines)
+
+
+def _bound_text(loop: pipes.Estimate) -> str:
+    return f"DRAM ({loop.bound} if {100 * loop.cached:.0f}% cached)" if loop.cached else loop.bound
 
 
 def _pipe_text(loop: pipes.Estimate, name: str) -> str:
