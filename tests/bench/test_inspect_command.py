@@ -47,6 +47,7 @@ def reverse(x_ptr, BLOCK: tl.constexpr):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow table cuts names
     return tmp_path
 
 
