@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 from nearpeak import backends, cli_bench
-from nearpeak_bench import exits, models, results, runner
-from toys import bench, invoke
+from nearpeak_bench import exits, models, results
+from toys import bench, interrupt_second_case, invoke
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,7 @@ def test_wrong_kernel_fails_the_command(toy_suite):
 
 
 def test_interrupted_run_keeps_finished_rows(toy_suite, monkeypatch, tmp_path):
-    whole = runner.run_case
-
-    def interrupted(suite, case, *rest):
-        if case.shape == "20":
-            raise KeyboardInterrupt
-        return whole(suite, case, *rest)
-
-    monkeypatch.setattr(runner, "run_case", interrupted)
+    interrupt_second_case(monkeypatch)
     result = bench("norm", "--json", "kept.json")
     assert result.exit_code == exits.INTERRUPTED
     found = results.Results.from_json((tmp_path / "kept.json").read_text())

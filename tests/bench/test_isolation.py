@@ -13,7 +13,7 @@ import pytest
 import torch
 import wrecks
 from nearpeak_bench import exits, history, isolation, journal, results, runner, suites, worker
-from toys import PEAKS, bench, invoke, measurement
+from toys import PEAKS, bench, interrupt_second_case, invoke, measurement
 
 # A suite of two cases, peaks and noise that need no measuring, and kernels that go wrong in their own ways.
 TOYS = """
@@ -124,15 +124,7 @@ def test_loss_outside_of_any_implementation_loses_the_row(doubling):
 
 
 def test_resume_keeps_finished_rows_and_runs_the_others(toy_suite, monkeypatch, tmp_path):
-    whole, ran = runner.run_case, []
-
-    def interrupted(suite, case, *rest):
-        ran.append(case.shape)
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        return whole(suite, case, *rest)
-
-    monkeypatch.setattr(runner, "run_case", interrupted)
+    ran = interrupt_second_case(monkeypatch)
     result = bench("norm")
     assert result.exit_code == exits.INTERRUPTED
     assert "nearpeak bench --resume" in result.stdout

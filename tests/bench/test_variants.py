@@ -9,7 +9,7 @@ import pytest
 import torch
 from nearpeak_bench import caches, command, options, repeat, results, runner, suites, timing, variants
 from nearpeak_bench.cases import Case, Variant, Work
-from toys import CPU, PEAKS, SETTINGS, bench, invoke, measurement
+from toys import CPU, PEAKS, SETTINGS, bench, interrupt_second_case, invoke, measurement
 
 
 @pytest.fixture(autouse=True)
@@ -113,15 +113,7 @@ def test_cases_that_a_sweep_makes_alike_run_once(toy_suite, tmp_path):
 
 
 def test_interrupted_sweep_goes_on(toy_suite, monkeypatch, tmp_path):
-    whole, ran = runner.run_case, []
-
-    def interrupted(suite, case, *rest):
-        ran.append(case.shape)
-        if len(ran) == 2:
-            raise KeyboardInterrupt
-        return whole(suite, case, *rest)
-
-    monkeypatch.setattr(runner, "run_case", interrupted)
+    ran = interrupt_second_case(monkeypatch)
     assert bench("norm", "--sweep", "size=10,40,160").exit_code == 130
     suites.varied.clear()
     assert invoke("bench", "--resume", "--json", "a.json").exit_code == 0

@@ -36,3 +36,17 @@ def invoke(*arguments):
 def bench(*arguments):
     """In this process, where the toys are, and with hardly any time."""
     return invoke("bench", *arguments, "--no-isolate", "--time-budget", "0.01")
+
+
+def interrupt_second_case(monkeypatch):
+    """Has Ctrl-C come when the second case begins, once; returns the shapes of the cases that began."""
+    whole, ran = runner.run_case, []
+
+    def interrupted(suite, case, *rest):
+        ran.append(case.shape)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return whole(suite, case, *rest)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    return ran

@@ -54,11 +54,7 @@ class BackwardRows {
     }
 
   private:
-#ifdef NEARPEAK_HAS_PAIRS
     using Scores = std::conditional_t<kInPairs<T>, PairScores, VectorScores<T>>;
-#else
-    using Scores = VectorScores<T>;
-#endif
 
     const Backward& p;
     const Task& task;

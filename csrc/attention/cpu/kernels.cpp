@@ -18,24 +18,19 @@
 namespace nearpeak::attention::NEARPEAK_ISA {
 namespace {
 
+template <class T>
+using VectorsOrPairs = std::conditional_t<kInPairs<T>, PairProducts, VectorProducts<T>>;
+
 #ifdef NEARPEAK_HAS_TILES
 template <class T>
-using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, TileProducts, VectorProducts<T>>;
-#elif defined(NEARPEAK_HAS_PAIRS)
-template <class T>
-using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, PairProducts, VectorProducts<T>>;
+using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, TileProducts, VectorsOrPairs<T>>;
 #else
 template <class T>
-using ProductsOf = VectorProducts<T>;
+using ProductsOf = VectorsOrPairs<T>;
 #endif
 
-#ifdef NEARPEAK_HAS_PAIRS
 template <class T>
 using GradientsOf = std::conditional_t<kInPairs<T>, PairGradients, VectorGradients<T>>;
-#else
-template <class T>
-using GradientsOf = VectorGradients<T>;
-#endif
 
 template <class T>
 using PrefillOf = Prefill<T, ProductsOf<T>>;

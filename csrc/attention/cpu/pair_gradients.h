@@ -8,12 +8,10 @@
 // P and dScore are rounded to bfloat16, as plain layers do too.
 #pragma once
 
-#include "backward_view.h"
-
-#ifdef NEARPEAK_HAS_PAIRS
 #include <algorithm>
 
 #include "../../cpu/arena.h"
+#include "backward_view.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -175,4 +173,3 @@ class PairGradients {
 };
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA
-#endif

@@ -7,12 +7,10 @@
 // Weights are rounded to bfloat16, as matrix units and plain layers do too.
 #pragma once
 
-#include "../../cpu/pairs.h"
-
-#ifdef NEARPEAK_HAS_PAIRS
 #include <algorithm>
 
 #include "../../cpu/arena.h"
+#include "../../cpu/pairs.h"
 #include "panel.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -160,4 +158,3 @@ class PairProducts : public PairScores {
 };
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA
-#endif
