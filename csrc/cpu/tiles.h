@@ -81,12 +81,13 @@ inline void multiply_tiles() {
 class TileUnit {
   public:
     TileUnit() {
-        struct alignas(64) {
+        // Static, since GCC's intrinsic says that it reads the first eight bytes only, and drops stores to the others.
+        static constexpr struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shape;
-        _tile_loadconfig(&shape);
+        } kShape;
+        _tile_loadconfig(&kShape);
     }
     ~TileUnit() { _tile_release(); }
     TileUnit(const TileUnit&) = delete;
