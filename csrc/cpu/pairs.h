@@ -30,12 +30,9 @@ inline Float pair(Short first, Short second) { return bitcast<Float>(widen(first
 // Up to 2 kLanes elements of a row of `width`, from `column` on, in pairs as they lie; zeros past its end, and without
 // a row.
 inline Float load_some_pairs(const bfloat16* row, int64_t column, int64_t width) {
+    if (row && column + 2 * kLanes <= width) return load(reinterpret_cast<const float*>(row + column));
     Float pairs = {};
-    if (row && column + 2 * kLanes <= width) {
-        std::memcpy(&pairs, row + column, sizeof(pairs));
-    } else if (row && column < width) {
-        std::memcpy(&pairs, row + column, (width - column) * sizeof(bfloat16));
-    }
+    if (row && column < width) std::memcpy(&pairs, row + column, (width - column) * sizeof(bfloat16));
     return pairs;
 }
 

@@ -5,6 +5,8 @@
 //
 //     sums[i][j][m][n] += left[i][m][k] * right[j][k][n],  k < 32, right stored as 16 rows of 16 pairs (k, k + 1)
 //
+// Even and odd k are summed apart, and added last.
+//
 // NEARPEAK_EMULATE_TILES puts plain loops in their place, by which the kernels are tested on other processors.
 #pragma once
 
@@ -12,7 +14,22 @@
 
 #if defined(NEARPEAK_EMULATE_TILES) || defined(__AMX_BF16__)
 #define NEARPEAK_HAS_TILES
+#endif
 
+namespace nearpeak::NEARPEAK_ISA {
+
+// Whether products of this storage type are taken in tiles.
+#ifdef NEARPEAK_HAS_TILES
+template <class T>
+constexpr bool kInTiles = std::is_same_v<T, bfloat16>;
+#else
+template <class T>
+constexpr bool kInTiles = false;
+#endif
+
+}  // namespace nearpeak::NEARPEAK_ISA
+
+#ifdef NEARPEAK_HAS_TILES
 namespace nearpeak::NEARPEAK_ISA {
 
 constexpr int kTileRows = 16;
@@ -68,9 +85,11 @@ inline void multiply_tiles() {
     EmulatedTiles& tiles = emulated_tiles();
     for (int m = 0; m < 16; ++m) {
         for (int n = 0; n < 16; ++n) {
+            float sums[2] = {};
             for (int k = 0; k < kTileDepth; ++k) {
-                tiles.sums[i][j][m][n] += wide(tiles.left[i][m][k]) * wide(tiles.right[j][k / 2][2 * n + k % 2]);
+                sums[k % 2] += wide(tiles.left[i][m][k]) * wide(tiles.right[j][k / 2][2 * n + k % 2]);
             }
+            tiles.sums[i][j][m][n] += sums[0] + sums[1];
         }
     }
 }
@@ -155,6 +174,27 @@ inline void multiply_tiles() {
 // memory, so the compiler may move stores past them.
 inline void finish_stores() { asm volatile("" ::: "memory"); }
 
+inline void zero_all_sums() {
+    zero_sums<0, 0>();
+    zero_sums<0, 1>();
+    zero_sums<1, 0>();
+    zero_sums<1, 1>();
+}
+
+// All sums as one matrix of 32 x 32 floats, whose rows are `stride` floats apart.
+inline void load_all_sums(const float* from, int64_t stride) {
+    load_sums<0, 0>(from, stride * 4);
+    load_sums<0, 1>(from + kLanes, stride * 4);
+    load_sums<1, 0>(from + kTileRows * stride, stride * 4);
+    load_sums<1, 1>(from + kTileRows * stride + kLanes, stride * 4);
+}
+inline void store_all_sums(float* to, int64_t stride) {
+    store_sums<0, 0>(to, stride * 4);
+    store_sums<0, 1>(to + kLanes, stride * 4);
+    store_sums<1, 0>(to + kTileRows * stride, stride * 4);
+    store_sums<1, 1>(to + kTileRows * stride + kLanes, stride * 4);
+}
+
 inline void multiply_all_tiles() {
     multiply_tiles<0, 0>();
     multiply_tiles<0, 1>();
@@ -164,3 +204,17 @@ inline void multiply_all_tiles() {
 
 }  // namespace nearpeak::NEARPEAK_ISA
 #endif
+
+namespace nearpeak::NEARPEAK_ISA {
+
+struct NoTileUnit {};
+
+#ifdef NEARPEAK_HAS_TILES
+template <class T>
+using TileUnitFor = std::conditional_t<kInTiles<T>, TileUnit, NoTileUnit>;
+#else
+template <class T>
+using TileUnitFor = NoTileUnit;
+#endif
+
+}  // namespace nearpeak::NEARPEAK_ISA

@@ -7,7 +7,8 @@
 //
 // A task holds a block of keys and walks the blocks of rows that see it. Five products: dQ is summed over the tasks of
 // all keys, in turn (turn.h), where a second pass for it would need seven. It comes last, so that a task waits for
-// another's fifth product only. The products are `Gradients`' business: vector_gradients.h, or pair_gradients.h.
+// another's fifth product only. The products are `Gradients`' business: vector_gradients.h, pair_gradients.h or
+// tile_gradients.h.
 #pragma once
 
 #include <algorithm>
@@ -30,19 +31,19 @@ class BackwardBlock {
           gradients(view, arena),
           width(in_panels(p.head_dim)),
           value_width(in_panels(p.value_dim)),
-          scores(arena.take(kBlockRows * kScoreStride)),
-          d_scores(arena.take(kBlockRows * kScoreStride)),
-          d_key(arena.take(kBlockKeys * width)),
-          d_value(arena.take(kBlockKeys * value_width)),
+          scores(arena.take(Gradients::kRows * kScoreStride)),
+          d_scores(arena.take(Gradients::kRows * kScoreStride)),
+          d_key(arena.take(kScoreStride * width)),
+          d_value(arena.take(kScoreStride * value_width)),
           bias_sums(sums_rows_of_bias() ? arena.take(p.group() * kBlockKeys) : nullptr) {}
 
     void run(const Turn* before, Turn* own) {
         gradients.load_keys();
-        std::fill_n(d_key, kBlockKeys * width, 0.0f);
-        std::fill_n(d_value, kBlockKeys * value_width, 0.0f);
-        for (int64_t row = task.row_begin; row < task.row_end; row += kBlockRows) {
+        std::fill_n(d_key, kScoreStride * width, 0.0f);
+        std::fill_n(d_value, kScoreStride * value_width, 0.0f);
+        for (int64_t row = task.row_begin; row < task.row_end; row += Gradients::kRows) {
             view.first_row = row;
-            view.rows = std::min(kBlockRows, task.row_end - row);
+            view.rows = std::min(Gradients::kRows, task.row_end - row);
             gradients.load_rows();
             gradients.multiply_keys(scores, d_scores);
             differentiate();
@@ -63,8 +64,8 @@ class BackwardBlock {
     BackwardView view;
     Gradients gradients;
     const int64_t width, value_width;      // a row's elements, in whole panels: of query and key, of value
-    float *const scores, *const d_scores;  // kBlockRows x kBlockKeys
-    float *const d_key, *const d_value;    // kBlockKeys x width, x value_width
+    float *const scores, *const d_scores;  // rows x kBlockKeys
+    float *const d_key, *const d_value;    // kBlockKeys x width, x value_width; transposed, the rows kScoreStride apart
     float* const bias_sums;                // group x kBlockKeys, or null
 
     // One bias for all positions: its gradient sums all rows, block by block, since short sums round less.
@@ -80,6 +81,7 @@ class BackwardBlock {
             RowStatistics of_row = statistics[row];
             const KeyRange seen = view.keys_seen_by(row, row + 1);
             float slopes[kBlockKeys], kept[kBlockKeys];
+            if (!weights_are_scaled_late()) scale(weights);
             if (p.softcap > 0) cap(weights, slopes);
             if (p.has_terms()) add_terms(p, task, view.first_row + row, task.key_begin, task.key_end, weights);
             if (p.drops()) {
@@ -108,6 +110,15 @@ class BackwardBlock {
         // The rest of the last tile of rows.
         const int64_t end = (view.rows + kTile - 1) / kTile * kTile;
         std::fill(d_scores + view.rows * kScoreStride, d_scores + end * kScoreStride, 0.0f);
+    }
+
+    // Whether unscaled scores become scaled only as they become P.
+    bool weights_are_scaled_late() const {
+        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms();
+    }
+    void scale(float* weights) const {
+        if (Gradients::kScoresAreScaled) return;
+        for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));
     }
 
     // rowsum(P dP) as it is defined. With few keys, float32 gradients show how far rowsum(dOut out) is from it, whose
@@ -154,11 +165,12 @@ class BackwardBlock {
     }
 
     template <bool kMasked>
-    static void differentiate_row(float* weights, float* gradients, RowStatistics of_row, KeyRange seen) {
+    void differentiate_row(float* weights, float* gradients, RowStatistics of_row, KeyRange seen) const {
+        const float factor = weights_are_scaled_late() ? score_factor(p) : 1.0f;
         const Int begin = broadcast(static_cast<int32_t>(seen.begin)), end = broadcast(static_cast<int32_t>(seen.end));
         Int number = lane_numbers();
         for (int64_t k = 0; k < kBlockKeys; k += kLanes, number += kLanes) {
-            Float weight = exp2(load(weights + k) - of_row.lse) * of_row.factor;
+            Float weight = exp2_rounded_to<T>(load(weights + k) * factor - of_row.lse) * of_row.factor;
             Float gradient = weight * difference(load(gradients + k), of_row);
             if constexpr (kMasked) {
                 const Int visible = (number >= begin) & (number < end);
@@ -173,9 +185,17 @@ class BackwardBlock {
     void store_keys(T* tensor, const Strides& strides, int64_t dim, const float* sums, int64_t sums_width,
                     float factor) const {
         T* const to = rows_in(tensor, strides, task) + task.key_begin * strides.position;
-        for (int64_t k = 0; k < view.keys; ++k) {
+        for (int64_t k = 0; k < view.keys; k += kLanes) {
+            const int64_t keys = std::min<int64_t>(kLanes, view.keys - k);
             for_each_vector(dim, [&](int64_t d, auto lanes, int) {
-                store(to + k * strides.position + d, load(sums + k * sums_width + d) * factor, lanes);
+                Float block[kLanes];
+                if constexpr (Gradients::kSumsAreTransposed) {
+                    for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums + (d + i) * kScoreStride + k);
+                    transpose(block);
+                } else {
+                    for (int64_t i = 0; i < keys; ++i) block[i] = load(sums + (k + i) * sums_width + d);
+                }
+                for (int64_t i = 0; i < keys; ++i) store(to + (k + i) * strides.position + d, block[i] * factor, lanes);
             });
         }
     }

@@ -13,6 +13,7 @@
 
 #include "backward_view.h"
 #include "pair_products.h"
+#include "../../cpu/tiles.h"
 #include "prefill.h"
 #include "vector_products.h"
 
@@ -81,7 +82,9 @@ class BackwardRows {
         };
         const Lanes<T> out = lanes_in(p.out, p.out_strides), grad_out = lanes_in(p.grad_out, p.grad_out_strides);
         Float delta = {};
-        if constexpr (kInPairs<T>) {
+        if constexpr (kInTiles<T>) {
+            delta = products_in_tiles(grad_out, out);
+        } else if constexpr (kInPairs<T>) {
             delta = products_of_pairs(grad_out, out);
         } else {
             delta = products_in_chains(grad_out, out);
@@ -99,6 +102,24 @@ class BackwardRows {
             load_transposed_pairs(out, d, p.value_dim, o);
             const int64_t pairs = std::min<int64_t>(kLanes, (p.value_dim - d + 1) / 2);
             for (int64_t i = 0; i < pairs; ++i) delta = multiply_add_pairs(g[i], o[i], delta);
+        }
+        return delta;
+    }
+
+    // See tiles.h.
+    Float products_in_tiles(const Lanes<bfloat16>& grad_out, const Lanes<bfloat16>& out) const {
+        Float delta = {};
+        for (int64_t d = 0; d < p.value_dim; d += 2 * kLanes) {
+            Float g[kLanes], o[kLanes], even = {}, odd = {};
+            load_transposed_pairs(grad_out, d, p.value_dim, g);
+            load_transposed_pairs(out, d, p.value_dim, o);
+            const auto evens = [](Float pairs) { return bitcast<Float>(bitcast<Unsigned>(pairs) << 16); };
+            const auto odds = [](Float pairs) { return bitcast<Float>(bitcast<Unsigned>(pairs) & 0xffff0000u); };
+            for (int i = 0; i < kLanes; ++i) {
+                even += evens(g[i]) * evens(o[i]);
+                odd += odds(g[i]) * odds(o[i]);
+            }
+            delta += even + odd;
         }
         return delta;
     }

@@ -50,6 +50,31 @@ struct LaneKeys {
     Unsigned first, second;
 };
 
+// Drops weights of kLanes rows, from row `row` on, and of the keys from `begin` on. Without dropout it keeps them all.
+template <bool kDrops>
+class WeightFilter {
+  public:
+    WeightFilter(const Call& call, const Task& task, int64_t row, int64_t begin)
+        : p(call), keys(call, task, [row](int lane) { return row + lane; }), column(column_of(task, begin)) {}
+
+    Float operator()(int64_t k, Float weight) const {
+        const Unsigned columns = Unsigned{} + (column + static_cast<uint32_t>(k));
+        return select(is_kept(p, keys.first, keys.second, columns), weight, Float{});
+    }
+
+  private:
+    const Call& p;
+    const LaneKeys keys;
+    const uint32_t column;
+};
+
+template <>
+class WeightFilter<false> {
+  public:
+    WeightFilter(const Call&, const Task&, int64_t, int64_t) {}
+    Float operator()(int64_t, Float weight) const { return weight; }
+};
+
 // factors[0 .. end - begin) = what dropout multiplies the weights of keys [begin, end) of a row by; whole vectors are
 // written.
 inline void dropout_factors(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, float* factors) {

@@ -11,6 +11,7 @@
 #include "pair_gradients.h"
 #include "pair_products.h"
 #include "prefill.h"
+#include "tile_gradients.h"
 #include "tile_products.h"
 #include "vector_gradients.h"
 #include "vector_products.h"
@@ -21,22 +22,35 @@ namespace {
 template <class T>
 using VectorsOrPairs = std::conditional_t<kInPairs<T>, PairProducts, VectorProducts<T>>;
 
+
+template <class T>
+using GradientsInVectorsOrPairs = std::conditional_t<kInPairs<T>, PairGradients, VectorGradients<T>>;
+
 #ifdef NEARPEAK_HAS_TILES
 template <class T>
-using ProductsOf = std::conditional_t<std::is_same_v<T, bfloat16>, TileProducts, VectorsOrPairs<T>>;
+using ProductsOf = std::conditional_t<kInTiles<T>, TileProducts, VectorsOrPairs<T>>;
+template <class T>
+using GradientsOf = std::conditional_t<kInTiles<T>, TileGradients, GradientsInVectorsOrPairs<T>>;
 #else
 template <class T>
 using ProductsOf = VectorsOrPairs<T>;
-#endif
-
 template <class T>
-using GradientsOf = std::conditional_t<kInPairs<T>, PairGradients, VectorGradients<T>>;
+using GradientsOf = GradientsInVectorsOrPairs<T>;
+#endif
 
 template <class T>
 using PrefillOf = Prefill<T, ProductsOf<T>>;
 
 template <class T>
 using BackwardBlockOf = BackwardBlock<T, GradientsOf<T>>;
+
+int64_t most_prefill_rows(const Forward& p) {
+    constexpr int64_t kLeastDim = 64;
+    const int64_t dim = std::max({kLeastDim, p.head_dim, p.value_dim});
+    int64_t rows = 0;
+    with_type(p.dtype, [&](auto* t) { rows = ProductsOf<std::remove_pointer_t<decltype(t)>>::kRowElements / dim; });
+    return rows;
+}
 
 int64_t prefill_scratch(const Forward& p, int64_t rows) {
     Arena counting(nullptr);
@@ -99,7 +113,7 @@ void backward(const Backward& p, const Task& task, float* scratch, const Turn* b
 
 }  // namespace
 
-const Kernels kernels = {prefill_scratch, prefill,      decode_scratch, decode,           merge,
-                         rows_scratch,    prepare_rows, finish_rows,    backward_scratch, backward};
+const Kernels kernels = {most_prefill_rows, prefill_scratch, prefill,     decode_scratch,   decode,  merge,
+                         rows_scratch,      prepare_rows,    finish_rows, backward_scratch, backward};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

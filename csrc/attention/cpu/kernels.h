@@ -95,7 +95,7 @@ struct RowStatistics {
 // A block of keys is packed once and stays in the second-level cache (512 KiB) while all rows that see it pass by, with
 // the scores of the two blocks. Longer blocks make longer sums per read and write of a tile of results. Zen 3, float32,
 // S 1536, head_dim 64, one thread: 48 x 96 79 % of the peak, 48 x 192 83 %, 72 x 192 84 %, 96 x 192 83 %.
-constexpr int64_t kBlockRows = 72, kBlockKeys = 192;
+constexpr int64_t kBlockRows = 96, kBlockKeys = 192;
 
 struct Backward : Call {
     const void* out;
@@ -137,6 +137,9 @@ struct Task {
 };
 
 struct Kernels {
+    // Rows of a prefill task at most: more share one packing of the keys and values, as long as they fit the
+    // second-level cache.
+    int64_t (*most_prefill_rows)(const Forward&);
     // Floats of scratch memory that a task of so many rows needs.
     int64_t (*prefill_scratch)(const Forward&, int64_t rows);
     // Many rows: queries lie across the lanes of a vector.

@@ -19,8 +19,8 @@ const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 constexpr int64_t kFewRows = 2 * kDecodeRows;
 // Fewest keys worth a task of their own, and tasks per thread that let uneven ones even out.
 constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
-// Rows of a prefill task: more share one packing of the keys and values, as long as they fit the second-level cache.
-constexpr int64_t kMinRows = 32, kMaxRows = 384, kRowElements = 192 * 128;
+// Rows of a prefill task at least.
+constexpr int64_t kMinRows = 32;
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
@@ -62,9 +62,9 @@ void run_prefill(const Forward& p, const Kernels& kernels) {
         if (!has_few_rows(p, p.sequences[index])) all_rows += p.rows(p.sequences[index]) * p.key_heads;
     }
     if (all_rows == 0) return;
-    const int64_t fitting = std::clamp(kRowElements / std::max(p.head_dim, p.value_dim), kMinRows, kMaxRows);
     const int64_t spread = divide_up(all_rows, threads() * kTasksPerThread);
-    const int64_t rows = std::clamp(divide_up(spread, kMinRows) * kMinRows, kMinRows, fitting);
+    const int64_t most = std::max(kMinRows, kernels.most_prefill_rows(p));
+    const int64_t rows = std::clamp(divide_up(spread, kMinRows) * kMinRows, kMinRows, most);
     std::vector<Task> tasks = tasks_of_rows(p, false, rows);
     // Those with the most keys first, so that no thread is left alone with a long one.
     std::stable_sort(tasks.begin(), tasks.end(),

@@ -4,19 +4,21 @@
 //     scores   = Q K^T             d_scores  = dOut V^T      pairs of dimensions
 //     d_value += P^T dOut          d_key    += dScore^T Q    pairs of rows
 //     d_query += dScore K                                    pairs of keys
-//
-// P and dScore are rounded to bfloat16, as plain layers do too.
 #pragma once
 
 #include <algorithm>
 
 #include "../../cpu/arena.h"
 #include "backward_view.h"
+#include "pair_weights.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
 class PairGradients {
   public:
+    static constexpr int64_t kRows = kBlockRows;
+    static constexpr bool kScoresAreScaled = true, kSumsAreTransposed = false;
+
     PairGradients(const BackwardView& its_view, Arena& arena)
         : view(its_view),
           p(its_view.p),
@@ -25,9 +27,7 @@ class PairGradients {
           key_columns(arena.take(kBlockKeys * query.dim_pairs)),
           value_columns(arena.take(kBlockKeys * grad_out.dim_pairs)),
           key_pairs(arena.take(kBlockKeys / 2 * in_panels(p.head_dim))),
-          weights(arena.take(kBlockRows / 2 * kScoreStride)),
-          d_scores(arena.take(kBlockRows / 2 * kScoreStride)),
-          d_score_rows(arena.take<bfloat16>(kBlockRows * kRowStride)) {
+          weights(kBlockRows, kTile, arena) {
         static_assert(kBlockRows % (2 * kTile) == 0 && kBlockKeys % kTile == 0 && kBlockKeys % kPanel == 0);
     }
 
@@ -59,28 +59,12 @@ class PairGradients {
         }
     }
 
-    // Takes P and dScore, which have zeros where a row may not look.
     void load_weights(const float* of_rows, const float* gradients_of_rows) {
-        const auto load_row = [&](const float* from, int64_t row, int64_t k) {
-            return row < view.rows ? load(from + row * kScoreStride + k) : Float{};
-        };
-        // The rest of the last tile of rows gets zeros.
-        const int64_t rows = (view.rows + kTile - 1) / kTile * kTile;
-        for (int64_t row = 0; row < rows; row += 2) {
-            const int64_t at = row / 2 * kScoreStride;
-            for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
-                const Float first = load_row(gradients_of_rows, row, k);
-                const Float second = load_row(gradients_of_rows, row + 1, k);
-                store(weights + at + k, pair(load_row(of_rows, row, k), load_row(of_rows, row + 1, k)));
-                store(d_scores + at + k, pair(first, second));
-                store_bits(d_score_rows + row * kRowStride + k, rounded_bits(first));
-                store_bits(d_score_rows + (row + 1) * kRowStride + k, rounded_bits(second));
-            }
-        }
+        weights.load(view.rows, of_rows, gradients_of_rows);
     }
 
-    void add_to_values(float* d_value) const { add_to_keys(weights, grad_out, in_panels(p.value_dim), d_value); }
-    void add_to_keys(float* d_key) const { add_to_keys(d_scores, query, in_panels(p.head_dim), d_key); }
+    void add_to_values(float* d_value) const { add_to_keys(weights.weights, grad_out, in_panels(p.value_dim), d_value); }
+    void add_to_keys(float* d_key) const { add_to_keys(weights.d_scores, query, in_panels(p.head_dim), d_key); }
 
     // d_query[row][d] += sum over keys of dScore[row][key] * key[key][d]
     void add_to_rows(float* d_query) const {
@@ -89,7 +73,8 @@ class PairGradients {
                 const KeyRange seen = view.keys_seen_by(row, row + kTile);
                 const int64_t begin = seen.begin / 2, end = (seen.end + 1) / 2;
                 multiply_tile<kTile, kPanelVectors, Pairs>(
-                    RowWise<kTile, bfloat16>(d_score_rows + row * kRowStride + 2 * begin, kRowStride),
+                    RowWise<kTile, bfloat16>(weights.d_score_rows + row * PairWeights::kRowStride + 2 * begin,
+                                             PairWeights::kRowStride),
                     key_pairs + d * (kBlockKeys / 2) + begin * kPanel, kPanel, end - begin,
                     d_query + row * p.padded_dim() + d, p.padded_dim(), kAdd);
             }
@@ -97,8 +82,6 @@ class PairGradients {
     }
 
   private:
-    static constexpr int64_t kRowStride = 2 * kScoreStride - kBlockKeys;  // elements of bfloat16, spread
-
     // A block of rows of query or of dOut: as they are, padded to whole pairs of dimensions, and as pairs of rows.
     struct Rows {
         Rows(int64_t its_dim, Arena& arena)
@@ -136,8 +119,7 @@ class PairGradients {
     Rows query, grad_out;
     float *const key_columns, *const value_columns;  // panels of kPanel keys, pairs of dimensions
     float* const key_pairs;                          // panels of kPanel dimensions, pairs of keys
-    float *const weights, *const d_scores;           // pairs of rows x kBlockKeys
-    bfloat16* const d_score_rows;                    // kBlockRows x kBlockKeys
+    PairWeights weights;
 
     template <class Row>
     void transpose_block(int64_t k, int64_t dim, float* columns, Row row) {

@@ -22,13 +22,17 @@ class PairScores {
     static constexpr int64_t kBlock = 192;
     // The scale goes into the scores as they leave their registers: scaled queries would be rounded once more.
     static constexpr bool kScoresAreScaled = true;
+    // Elements of the queries of a task at most.
+    static constexpr int64_t kRowElements = 192 * 128;
+    // Keys that only go together.
+    static constexpr int64_t kStep = 2;
 
     PairScores(const Forward& parameters, const Task& this_task, Arena& arena)
         : p(parameters),
           task(this_task),
           query(arena.take(panels_of(task) * dim_pairs() * kPanel)),
           padded_key(keys_are_whole_pairs() ? nullptr : arena.take<bfloat16>(kBlock * 2 * dim_pairs())) {
-        static_assert(kBlock % kTile == 0 && kBlock % 2 == 0);
+        static_assert(kBlock % kTile == 0 && kBlock % kStep == 0);
     }
 
     // Rows of out^T that a panel needs.
@@ -64,6 +68,10 @@ class PairScores {
         }
     }
 
+    static void store_weights(float* weights, int64_t k, int half, Float first, Float second) {
+        store_weight_pairs(weights, k, half, first, second);
+    }
+
     void add_values(int64_t, int64_t, const float*, const Float (&)[kPanelVectors], float*) {}
 
   protected:
@@ -95,9 +103,7 @@ class PairScores {
 class PairProducts : public PairScores {
   public:
     PairProducts(const Forward& parameters, const Task& this_task, Arena& arena)
-        : PairScores(parameters, this_task, arena),
-          value(arena.take(tiles() * kTileFloats)),
-          pairs(arena.take(kBlock / 2 * kPanel)) {}
+        : PairScores(parameters, this_task, arena), value(arena.take(tiles() * kTileFloats)) {}
 
     static int64_t out_rows(const Forward& p) { return p.value_dim; }
 
@@ -106,15 +112,14 @@ class PairProducts : public PairScores {
         pack_values();
     }
 
-    // out = out * decay + value^T weights over keys [begin, end) of the block's keys.
+    // out = out * decay + value^T weights over keys [begin, end) of the block's keys, the weights in pairs.
     void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
         const int64_t first = (begin - block_begin) / 2, last = (end - block_begin + 1) / 2;
-        pair_weights(begin - block_begin, end - block_begin, weights);
         for (int64_t tile = 0; tile < tiles(); ++tile) {
             const float* from = value + tile * kTileFloats + first * kTile;
             with_count(std::min<int64_t>(kTile, p.value_dim - tile * kTile), [&](auto dims) {
                 multiply_tile<dims, kPanelVectors, Pairs>(
-                    ColumnWise{from, kTile}, pairs, kPanel, last - first, out + tile * kTile * kPanel, kPanel,
+                    ColumnWise{from, kTile}, weights, kPanel, last - first, out + tile * kTile * kPanel, kPanel,
                     [&](Float before, Float sums, int half) { return before * decay[half] + sums; });
             });
         }
@@ -124,7 +129,7 @@ class PairProducts : public PairScores {
     // Packing a tile's last keys writes up to a vector past them.
     static constexpr int64_t kTileFloats = kBlock / 2 * kTile + kLanes;
 
-    float *const value, *const pairs;
+    float* const value;
 
     int64_t tiles() const { return (p.value_dim + kTile - 1) / kTile; }
 
@@ -139,19 +144,6 @@ class PairProducts : public PairScores {
                 // What spills over the tile's edge is overwritten by the next pair, or never read.
                 store(value + tile * kTileFloats + k / 2 * kTile,
                       pair(load_some_bits(first, d, p.value_dim), load_some_bits(second, d, p.value_dim)));
-            }
-        }
-    }
-
-    // Weights of keys [begin, end) in pairs as the block's keys are, with zeros where a pair reaches beyond them.
-    void pair_weights(int64_t begin, int64_t end, const float* weights) {
-        const auto weights_of = [&](int64_t k, int half) {
-            return k < begin || k >= end ? Float{} : load(weights + (k - begin) * kPanel + half * kLanes);
-        };
-        float* to = pairs;
-        for (int64_t k = begin / 2 * 2; k < end; k += 2, to += kPanel) {
-            for (int half = 0; half < kPanelVectors; ++half) {
-                store(to + half * kLanes, pair(weights_of(k, half), weights_of(k + 1, half)));
             }
         }
     }

@@ -55,6 +55,12 @@ Lanes<T> query_lanes(const Call& p, const Task& task, PanelRows rows, int half) 
     return lanes_of<T>(rows.begin + half * kLanes, rows.end, [&](int64_t row) { return query_row<T>(p, task, row); });
 }
 
+// Weights of two keys, k and the next one, in bfloat16 and in pairs: row k / 2 of a panel. A panel of weights in float32
+// is overwritten by its pairs as it is read: they lie in front of what is still to be read.
+inline void store_weight_pairs(float* weights, int64_t k, int half, Float first, Float second) {
+    store(weights + k / 2 * kPanel + half * kLanes, pair(first, second));
+}
+
 // block[i][lane] = pair (d + 2 i, d + 2 i + 1) of the lane's row.
 inline void load_transposed_pairs(const Lanes<bfloat16>& lanes, int64_t d, int64_t dim, Float (&block)[kLanes]) {
     for (int lane = 0; lane < kLanes; ++lane) block[lane] = load_some_pairs(lanes.rows[lane], d, dim);

@@ -61,6 +61,8 @@ class Prefill {
     // From one row's terms to the next, an odd number of vectors, which spreads rows over all sets of a cache.
     static constexpr int64_t kTermStride = Products::kBlock + (Products::kBlock / kLanes % 2 ? 2 : 1) * kLanes;
 
+    static constexpr int64_t kTogether = std::min<int64_t>(2, Products::kStep);  // weights that are stored together
+
     float* out_panel(int64_t panel) const { return out + panel * Products::out_rows(p) * kPanel; }
 
     void start_panel(int64_t panel) {
@@ -74,24 +76,37 @@ class Prefill {
         const PanelRows rows(task, panel);
         const KeyRange first = allowed_keys(p, task.sequence, rows.begin / p.group());
         const KeyRange last = allowed_keys(p, task.sequence, (rows.end - 1) / p.group());
-        const auto [begin, end] =
+        const auto [allowed_begin, end] =
             allowed_by_mask(p, task, std::max(block_begin, first.begin), std::min(block_end, last.end));
-        if (begin >= end) return;
+        if (allowed_begin >= end) return;
+        const int64_t begin = block_begin + (allowed_begin - block_begin) / Products::kStep * Products::kStep;
         products.score(panel, begin, end, scores);
-        if (!Products::kScoresAreScaled) scale_scores(end - begin);
+        if (!softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
         if (p.has_terms()) {
             for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
         }
         // Rows of a panel see the same keys of this block, but where a window's edge passes.
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);
+        const int64_t steps = (end - begin + Products::kStep - 1) / Products::kStep;
+        std::fill(scores + (end - begin) * kPanel, scores + steps * Products::kStep * kPanel, -kInfinity);
         Float decay[kPanelVectors];
-        softmax(panel, end - begin, decay);
-        if (p.drops()) drop_weights(rows, begin, end);
+        if (p.drops()) {
+            softmax<true>(rows, panel, begin, steps * Products::kStep, decay);
+        } else {
+            softmax<false>(rows, panel, begin, steps * Products::kStep, decay);
+        }
         products.add_values(begin, end, scores, decay, out_panel(panel));
     }
 
+    // Whether softmax is given unscaled scores, and scales them on the way. A factor that is not positive would turn
+    // the maximum around.
+    bool softmax_scales() const {
+        return !Products::kScoresAreScaled && score_factor(p) > 0 && p.softcap == 0 && !p.has_terms();
+    }
+
     void scale_scores(int64_t keys) {
+        if (Products::kScoresAreScaled) return;
         const float factor = score_factor(p);
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, load(scores + i) * factor);
     }
@@ -137,30 +152,38 @@ class Prefill {
         }
     }
 
-    // Turns scores into weights 2^(score - maximum); `decay` is what earlier sums shrink by as the maximum grows.
-    void softmax(int64_t panel, int64_t keys, Float (&decay)[kPanelVectors]) {
+    // Turns scores into weights 2^(score - maximum), as `products` keeps them; `decay` is what earlier sums shrink by as
+    // the maximum grows.
+    template <bool kDrops>
+    void softmax(PanelRows rows, int64_t panel, int64_t begin, int64_t keys, Float (&decay)[kPanelVectors]) {
         float* const panel_maximum = maximum + panel * kPanel;
         float* const panel_total = total + panel * kPanel;
+        const float factor = softmax_scales() ? score_factor(p) : 1.0f;
         Float now[kPanelVectors], sums[kPanelVectors] = {};
-        for (int half = 0; half < kPanelVectors; ++half) now[half] = load(panel_maximum + half * kLanes);
-        for (int64_t k = 0; k < keys; ++k) {
-            for (int half = 0; half < kPanelVectors; ++half) {
-                now[half] = max(now[half], load(scores + k * kPanel + half * kLanes));
-            }
-        }
+        largest_scores(keys, now);
         for (int half = 0; half < kPanelVectors; ++half) {
             const Float before = load(panel_maximum + half * kLanes);
+            now[half] = max(before, now[half] * factor);
             store(panel_maximum + half * kLanes, now[half]);
             // A row that has seen no key yet must not compute -inf - -inf.
             now[half] = select(now[half] == -kInfinity, Float{}, now[half]);
             decay[half] = exp2(before - now[half]);
         }
-        for (int64_t k = 0; k < keys; ++k) {
-            for (int half = 0; half < kPanelVectors; ++half) {
-                float* at = scores + k * kPanel + half * kLanes;
-                const Float weight = exp2(load(at) - now[half]);
-                sums[half] += weight;
-                store(at, weight);
+        for (int half = 0; half < kPanelVectors; ++half) {
+            const WeightFilter<kDrops> kept(p, task, rows.begin + half * kLanes, begin);
+            const auto weight_of = [&](int64_t k) {
+                return exp2_rounded_to<T>(load(scores + k * kPanel + half * kLanes) * factor - now[half]);
+            };
+            for (int64_t k = 0; k < keys; k += kTogether) {
+                const Float first = weight_of(k);
+                if constexpr (kTogether == 1) {
+                    sums[half] += first;
+                    Products::store_weights(scores, k, half, kept(k, first));
+                } else {
+                    const Float second = weight_of(k + 1);
+                    sums[half] += first + second;
+                    Products::store_weights(scores, k, half, kept(k, first), kept(k + 1, second));
+                }
             }
         }
         for (int half = 0; half < kPanelVectors; ++half) {
@@ -169,15 +192,19 @@ class Prefill {
         }
     }
 
-    void drop_weights(PanelRows rows, int64_t begin, int64_t end) {
+    // Of the panel's rows over the keys; in chains of their own, since a maximum takes some cycles.
+    void largest_scores(int64_t keys, Float (&largest)[kPanelVectors]) const {
+        constexpr int kChains = 4;
         for (int half = 0; half < kPanelVectors; ++half) {
-            const LaneKeys keys(p, task, [&](int lane) { return rows.begin + half * kLanes + lane; });
-            uint32_t column = column_of(task, begin);
-            for (int64_t k = 0; k < end - begin; ++k, ++column) {
-                float* at = scores + k * kPanel + half * kLanes;
-                const Int kept = is_kept(p, keys.first, keys.second, Unsigned{} + column);
-                store(at, select(kept, load(at), Float{}));
+            Float chains[kChains];
+            for (Float& chain : chains) chain = broadcast(-kInfinity);
+            int64_t k = 0;
+            const auto score_at = [&](int64_t key) { return load(scores + key * kPanel + half * kLanes); };
+            for (; k + kChains <= keys; k += kChains) {
+                for (int i = 0; i < kChains; ++i) chains[i] = max(chains[i], score_at(k + i));
             }
+            for (; k < keys; ++k) chains[0] = max(chains[0], score_at(k));
+            largest[half] = max(max(chains[0], chains[1]), max(chains[2], chains[3]));
         }
     }
 

@@ -19,17 +19,21 @@ namespace nearpeak::attention::NEARPEAK_ISA {
 
 class TileProducts {
   public:
-    // Keys per block: the weights of a panel in both types fill 48 KiB, all of a Sapphire Rapids first-level cache; out
-    // is loaded and stored once per block.
+    // Keys per block: a panel's scores and queries stay in a 48 KiB first-level cache, and stores of tiles that miss it
+    // cost four times as much; longer blocks load and store `out` less often.
     static constexpr int64_t kBlock = 256;
     // Scaling queries would round them once more.
     static constexpr bool kScoresAreScaled = false;
+    // Elements of the queries of a task at most: with their outputs in float32 a third of a 2 MiB second-level cache.
+    // Packing costs as much as multiplying ROWS.
+    static constexpr int64_t kRowElements = 768 * 128;
+    // Keys that only go together, and dimensions.
+    static constexpr int64_t kStep = 2 * kTileRows;
 
     TileProducts(const Forward& parameters, const Task& this_task, Arena& arena) : p(parameters), task(this_task) {
         query = arena.take<bfloat16>(panels_of(task) * kPanel * padded_dim(p));
         key = arena.take<bfloat16>((kBlock + kStep) * padded_dim(p));
         value = arena.take<bfloat16>(kBlock * padded_value_dim(p));
-        pairs = arena.take<bfloat16>(kBlock * kPanel);
         static_assert(kPanel == kStep && kPanelVectors == 2 && kBlock % kStep == 0);
     }
 
@@ -61,10 +65,7 @@ class TileProducts {
         const bfloat16* rows = key + (begin - block_begin) * stride;
         finish_stores();
         for (int64_t k = 0; k < end - begin; k += kStep, rows += kStep * stride, scores += kStep * kPanel) {
-            zero_sums<0, 0>();
-            zero_sums<0, 1>();
-            zero_sums<1, 0>();
-            zero_sums<1, 1>();
+            zero_all_sums();
             for (int64_t d = 0; d < stride; d += kTileDepth) {
                 load_left<0>(rows + d, stride * 2);
                 load_left<1>(rows + kTileRows * stride + d, stride * 2);
@@ -72,39 +73,42 @@ class TileProducts {
                 load_right<1>(query_factor(panel, 1, d), kRowBytes);
                 multiply_all_tiles();
             }
-            store_all_sums(scores);
+            store_all_sums(scores, kPanel);
         }
     }
 
-    // out = out * decay + value^T weights over keys [begin, end) of the block's keys.
+    static void store_weights(float* weights, int64_t k, int half, Float first, Float second) {
+        store_weight_pairs(weights, k, half, first, second);
+    }
+
+    // out = out * decay + value^T weights over keys [begin, end) of the block's keys, the weights in pairs.
     void add_values(int64_t begin, int64_t end, const float* weights, const Float (&decay)[kPanelVectors], float* out) {
-        const int64_t first = (begin - block_begin) / kStep * kStep, last = end - block_begin;
-        pair_weights(begin - block_begin, last, weights);
+        const int64_t first = begin - block_begin;
+        const auto* pairs = reinterpret_cast<const bfloat16*>(weights);
         scale(decay, out);
         finish_stores();
         for (int64_t d = 0; d < padded_value_dim(p); d += kStep) {
             float* sums = out + d * kPanel;
-            load_all_sums(sums);
-            for (int64_t k = first; k < last; k += kStep) {
-                load_left<0>(value_factor(d, k), kRowBytes);
-                load_left<1>(value_factor(d + kTileRows, k), kRowBytes);
-                load_right<0>(weight_factor(0, k), kRowBytes);
-                load_right<1>(weight_factor(1, k), kRowBytes);
+            load_all_sums(sums, kPanel);
+            for (int64_t k = 0; k < end - begin; k += kStep) {
+                load_left<0>(value_factor(d, first + k), kRowBytes);
+                load_left<1>(value_factor(d + kTileRows, first + k), kRowBytes);
+                load_right<0>(pairs + k * kPanel, kPanel * 4);
+                load_right<1>(pairs + k * kPanel + kTileDepth, kPanel * 4);
                 multiply_all_tiles();
             }
-            store_all_sums(sums);
+            store_all_sums(sums, kPanel);
         }
     }
 
   private:
-    static constexpr int64_t kStep = 2 * kTileRows;  // of keys, and of dimensions
     static constexpr int64_t kRowBytes = 64;
     static constexpr int64_t kFactor = kTileRows * kTileDepth;  // elements of a factor
 
     const Forward& p;
     const Task& task;
     TileUnit unit;
-    bfloat16 *query, *key, *value, *pairs;
+    bfloat16 *query, *key, *value;
     int64_t block_begin = 0, block_keys = 0;
 
     static int64_t padded(int64_t dim) { return (dim + kTileDepth - 1) / kTileDepth * kTileDepth; }
@@ -116,22 +120,6 @@ class TileProducts {
     }
     bfloat16* value_factor(int64_t d, int64_t k) const {
         return value + (d / kTileRows * (kBlock / kTileDepth) + k / kTileDepth) * kFactor;
-    }
-    bfloat16* weight_factor(int half, int64_t k) const {
-        return pairs + (half * (kBlock / kTileDepth) + k / kTileDepth) * kFactor;
-    }
-
-    static void load_all_sums(const float* from) {
-        load_sums<0, 0>(from, kPanel * 4);
-        load_sums<0, 1>(from + kLanes, kPanel * 4);
-        load_sums<1, 0>(from + kTileRows * kPanel, kPanel * 4);
-        load_sums<1, 1>(from + kTileRows * kPanel + kLanes, kPanel * 4);
-    }
-    static void store_all_sums(float* to) {
-        store_sums<0, 0>(to, kPanel * 4);
-        store_sums<0, 1>(to + kLanes, kPanel * 4);
-        store_sums<1, 0>(to + kTileRows * kPanel, kPanel * 4);
-        store_sums<1, 1>(to + kTileRows * kPanel + kLanes, kPanel * 4);
     }
 
     // Rows of padded_dim elements, zeros past head_dim and past the last key.
@@ -166,21 +154,6 @@ class TileProducts {
 
     Short value_bits(const bfloat16* from, int64_t k, int64_t d) const {
         return load_some_bits(k < block_keys ? from + k * p.value_strides.position : nullptr, d, p.value_dim);
-    }
-
-    // Weights of keys [begin, end) in bfloat16, in whole steps with zeros around them.
-    void pair_weights(int64_t begin, int64_t end, const float* weights) {
-        for (int half = 0; half < kPanelVectors; ++half) {
-            const auto weights_of = [&](int64_t k) {
-                return k < begin || k >= end ? Float{} : load(weights + (k - begin) * kPanel + half * kLanes);
-            };
-            for (int64_t k = begin / kStep * kStep; k < end; k += kStep) {
-                float* to = reinterpret_cast<float*>(weight_factor(half, k));
-                for (int row = 0; row < kTileRows; ++row) {
-                    store(to + row * kLanes, pair(weights_of(k + 2 * row), weights_of(k + 2 * row + 1)));
-                }
-            }
-        }
     }
 
     void scale(const Float (&decay)[kPanelVectors], float* out) const {

@@ -17,6 +17,10 @@ namespace nearpeak::attention::NEARPEAK_ISA {
 template <class T>
 class VectorGradients {
   public:
+    static constexpr int64_t kRows = kBlockRows;  // of a block
+    // Whether multiply_keys scales, and whether the sums for keys and values lie with dimensions as their rows.
+    static constexpr bool kScoresAreScaled = true, kSumsAreTransposed = false;
+
     VectorGradients(const BackwardView& its_view, Arena& arena)
         : view(its_view),
           p(its_view.p),

@@ -24,6 +24,10 @@ class VectorScores {
     static constexpr int64_t kBlock = kLanes == 4 ? 48 : 96;
     // The scale is in the query panels already.
     static constexpr bool kScoresAreScaled = true;
+    // Elements of the queries of a task at most.
+    static constexpr int64_t kRowElements = 192 * 128;
+    // Keys that only go together.
+    static constexpr int64_t kStep = 1;
 
     VectorScores(const Forward& parameters, const Task& this_task, Arena& arena)
         : p(parameters),
@@ -73,6 +77,10 @@ class VectorScores {
         with_count(end - begin - k, [&](auto keys) {
             multiply_rows<keys>(rows + k * key_stride, key_stride, queries, p.head_dim, scores + k * kPanel, kPanel);
         });
+    }
+
+    static void store_weights(float* weights, int64_t k, int half, Float weight) {
+        store(weights + k * kPanel + half * kLanes, weight);
     }
 
     void add_values(int64_t, int64_t, const float*, const Float (&)[kPanelVectors], float*) {}

@@ -37,10 +37,7 @@ double multiply_add_tiles(int64_t rounds) {
     load_left<1>(zeros, kRowBytes);
     load_right<0>(zeros, kRowBytes);
     load_right<1>(zeros, kRowBytes);
-    zero_sums<0, 0>();
-    zero_sums<0, 1>();
-    zero_sums<1, 0>();
-    zero_sums<1, 1>();
+    zero_all_sums();
     for (int64_t round = 0; round < rounds; ++round) multiply_all_tiles();
     return 4.0 * 2 * kTileRows * kTileRows * kTileDepth * static_cast<double>(rounds);
 }
