@@ -38,6 +38,11 @@ CASES = [
     *(Case(rows=(rows,), inputs=width) for rows in (3, 20) for width in (1, 7, 8, 16, 31, 32, 33, 64, 257, 1025)),
     *(Case(rows=(rows,), outputs=width) for rows in (3, 20) for width in (1, 6, 7, 12, 13, 16, 95, 97, 389)),
     Case(rows=(40,), inputs=1, outputs=1),
+    # Around the edges of matrix units' tiles, of 32 rows of x and of the weight, and 32 inputs.
+    *(
+        Case(rows=(rows,), inputs=inputs, outputs=outputs)
+        for rows, inputs, outputs in ((5, 31, 33), (16, 32, 32), (17, 33, 31), (32, 64, 65), (33, 95, 16), (65, 32, 33))
+    ),
     # More than one block: rows of the weight, of x, and steps; in each of the three products.
     Case(rows=(390,), inputs=70, outputs=5),
     Case(rows=(3,), inputs=1031, outputs=29),
@@ -211,13 +216,13 @@ def explained(rows, dtype=torch.float32):
 
 
 def test_torch_serves_what_it_is_faster_at_and_explain_says_so():
-    assert "nearpeak::linear_inference on cpu, float32" in explained(operator.FEW_ROWS)
-    assert explained(operator.FEW_ROWS + 1).endswith("torch's linear serves it")
+    assert "nearpeak::linear_inference on cpu, float32" in explained(operator.few_rows(torch.float32))
+    assert explained(operator.few_rows(torch.float32) + 1).endswith("torch's linear serves it")
     for dtype in (torch.bfloat16, torch.float16):
-        ours = "nearpeak::linear_inference" in explained(operator.FEW_ROWS + 1, dtype)
+        ours = "nearpeak::linear_inference" in explained(operator.few_rows(dtype) + 1, dtype)
         assert ours == (dtype not in operator.FAST_IN_TORCH)
     with nearpeak.use_backend("cpu"):
-        assert "nearpeak::linear_inference" in explained(operator.FEW_ROWS + 1)
+        assert "nearpeak::linear_inference" in explained(operator.few_rows(torch.float32) + 1)
 
 
 def test_other_devices_are_torchs():

@@ -113,9 +113,7 @@ class BackwardBlock {
     }
 
     // Whether unscaled scores become scaled only as they become P.
-    bool weights_are_scaled_late() const {
-        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms();
-    }
+    bool weights_are_scaled_late() const { return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms(); }
     void scale(float* weights) const {
         if (Gradients::kScoresAreScaled) return;
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));

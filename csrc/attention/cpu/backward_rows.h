@@ -11,9 +11,9 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../../cpu/tiles.h"
 #include "backward_view.h"
 #include "pair_products.h"
-#include "../../cpu/tiles.h"
 #include "prefill.h"
 #include "vector_products.h"
 

@@ -22,7 +22,6 @@ namespace {
 template <class T>
 using VectorsOrPairs = std::conditional_t<kInPairs<T>, PairProducts, VectorProducts<T>>;
 
-
 template <class T>
 using GradientsInVectorsOrPairs = std::conditional_t<kInPairs<T>, PairGradients, VectorGradients<T>>;
 

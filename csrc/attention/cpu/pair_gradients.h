@@ -63,7 +63,9 @@ class PairGradients {
         weights.load(view.rows, of_rows, gradients_of_rows);
     }
 
-    void add_to_values(float* d_value) const { add_to_keys(weights.weights, grad_out, in_panels(p.value_dim), d_value); }
+    void add_to_values(float* d_value) const {
+        add_to_keys(weights.weights, grad_out, in_panels(p.value_dim), d_value);
+    }
     void add_to_keys(float* d_key) const { add_to_keys(weights.d_scores, query, in_panels(p.head_dim), d_key); }
 
     // d_query[row][d] += sum over keys of dScore[row][key] * key[key][d]

@@ -1,5 +1,5 @@
-// P and dScore of a block of rows and keys in bfloat16, as backward's last three products want them. They are rounded, as
-// plain layers' are too.
+// P and dScore of a block of rows and keys in bfloat16, as backward's last three products want them. They are rounded,
+// as plain layers' are too.
 #pragma once
 
 #include "../../cpu/arena.h"

@@ -55,8 +55,8 @@ Lanes<T> query_lanes(const Call& p, const Task& task, PanelRows rows, int half) 
     return lanes_of<T>(rows.begin + half * kLanes, rows.end, [&](int64_t row) { return query_row<T>(p, task, row); });
 }
 
-// Weights of two keys, k and the next one, in bfloat16 and in pairs: row k / 2 of a panel. A panel of weights in float32
-// is overwritten by its pairs as it is read: they lie in front of what is still to be read.
+// Weights of two keys, k and the next one, in bfloat16 and in pairs: row k / 2 of a panel. A panel of weights in
+// float32 is overwritten by its pairs as it is read: they lie in front of what is still to be read.
 inline void store_weight_pairs(float* weights, int64_t k, int half, Float first, Float second) {
     store(weights + k / 2 * kPanel + half * kLanes, pair(first, second));
 }

@@ -152,8 +152,8 @@ class Prefill {
         }
     }
 
-    // Turns scores into weights 2^(score - maximum), as `products` keeps them; `decay` is what earlier sums shrink by as
-    // the maximum grows.
+    // Turns scores into weights 2^(score - maximum), as `products` keeps them; `decay` is what earlier sums shrink by
+    // as the maximum grows.
     template <bool kDrops>
     void softmax(PanelRows rows, int64_t panel, int64_t begin, int64_t keys, Float (&decay)[kPanelVectors]) {
         float* const panel_maximum = maximum + panel * kPanel;

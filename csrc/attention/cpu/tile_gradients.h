@@ -1,6 +1,6 @@
 // The five matrix products of backward in bfloat16, with matrix units (tiles.h). All but the sums for query are as in
-// pair_gradients.h; the sums for keys and values are transposed, so that what changes with every block, P and dScore, is
-// never transposed, but in pairs of rows a right factor as it is:
+// pair_gradients.h; the sums for keys and values are transposed, so that what changes with every block, P and dScore,
+// is never transposed, but in pairs of rows a right factor as it is:
 //
 //     scores    = Q K^T             d_scores   = dOut V^T    left: rows as they are,  right: pairs of dimensions
 //     d_value^T += dOut^T P         d_key^T   += Q^T dScore  left: rows transposed,   right: pairs of rows

@@ -3,7 +3,7 @@
 //     right   all steps of a chunk x the block's columns, in panels of kPanel columns      second-level cache
 //             one panel of it                                                              first-level cache
 //     left    kLeftRows rows x the steps of a chunk                                        second-level cache
-//     sums    kTile rows x one panel                                                       registers
+//     sums    kTile rows x one panel, with matrix units 32 rows                            registers
 //
 // Each panel meets all rows of `left` before the next one, each chunk all panels. What a chunk gives is added in
 // float32 in scratch memory, and rounded once when the last chunk is done.
@@ -14,6 +14,7 @@
 
 #include "../../cpu/arena.h"
 #include "../../cpu/register_tiles.h"
+#include "../../cpu/tiles.h"
 #include "pack.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
@@ -31,15 +32,16 @@ class BlockProduct {
     BlockProduct(const Product& product, const Block& its_block, Arena& arena)
         : p(product),
           block(its_block),
-          steps(std::clamp<int64_t>(in_steps<Step>(p.steps), 1, narrow() ? kNarrowSteps : kSteps)),
-          left_rows(std::min(narrow() ? kNarrowLeftRows : kLeftRows, rows())),
+          steps(round_up(std::clamp<int64_t>(in_steps<Step>(p.steps), 1, narrow() ? kNarrowSteps : kSteps), kStepUnit)),
+          left_rows(std::min(round_up(narrow() ? kNarrowLeftRows : kLeftRows, kRowUnit), rows())),
           // Rows a power of two apart would fall into few sets of the cache.
           left_stride(round_up(steps, kLanes) + kPanel),
           right(arena.take(panels() * steps * kPanel)),
-          left(arena.take(round_up(left_rows, kLanes) * left_stride)),
-          sums(arena.take(panels() * rows() * kPanel)) {}
+          left(arena.take(round_up(left_rows, std::max<int64_t>(kRowUnit, kLanes)) * left_stride)),
+          sums(arena.take(panels() * round_up(rows(), kRowUnit) * kPanel)) {}
 
     void run() {
+        [[maybe_unused]] const TileUnitFor<T> unit;
         for (int64_t element = 0; element == 0 || element < p.steps; element += steps * Step::kElements) {
             const Range chunk{element, std::min(element + steps * Step::kElements, p.steps)};
             pack_right(chunk);
@@ -60,6 +62,8 @@ class BlockProduct {
 
   private:
     using Step = StepOf<T>;
+    // Matrix units take so many steps, and rows, together: what a chunk's last ones lack is zeros, or is not stored.
+    static constexpr int64_t kStepUnit = kInTiles<T> ? kLanes : 1, kRowUnit = kInTiles<T> ? 2 * kLanes : 1;
 
     const Product& p;
     const Block& block;
@@ -70,7 +74,7 @@ class BlockProduct {
     int64_t rows() const { return block.row_end - block.row_begin; }
     int64_t columns() const { return block.column_end - block.column_begin; }
     int64_t panels() const { return (columns() + kPanel - 1) / kPanel; }
-    float* sums_of(int64_t panel) const { return sums + panel * rows() * kPanel; }
+    float* sums_of(int64_t panel) const { return sums + panel * round_up(rows(), kRowUnit) * kPanel; }
 
     void pack_right(Range chunk) {
         const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
@@ -83,6 +87,8 @@ class BlockProduct {
             } else {
                 copy_panel<Step>(from, its_columns, chunk, to);
             }
+            const int64_t size = in_steps<Step>(chunk.size());
+            std::fill(to + size * kPanel, to + round_up(size, kStepUnit) * kPanel, 0.0f);
         }
     }
 
@@ -98,12 +104,50 @@ class BlockProduct {
     // All left rows with one panel. Of a panel whose columns fill one vector only, that one is multiplied.
     void multiply_panel(int64_t count, Range chunk, int64_t panel, float* out) const {
         const float* from = right + panel * steps * kPanel;
+        const auto multiply_vectors = [&](auto vectors) {
+            if constexpr (kInTiles<T>) {
+                this->template multiply_in_tiles<vectors>(count, chunk, from, out);
+            } else {
+                multiply_rows<vectors>(count, chunk, from, out);
+            }
+        };
         if (columns() - panel * kPanel <= kLanes) {
-            multiply_rows<1>(count, chunk, from, out);
+            multiply_vectors(std::integral_constant<int, 1>{});
         } else {
-            multiply_rows<kPanelVectors>(count, chunk, from, out);
+            multiply_vectors(std::integral_constant<int, kPanelVectors>{});
         }
     }
+
+#ifdef NEARPEAK_HAS_TILES
+    template <int kVectors>
+    void multiply_in_tiles(int64_t count, Range chunk, const float* panel, float* out) const {
+        const auto pairs = [](const float* at) { return reinterpret_cast<const bfloat16*>(at); };
+        const int64_t size = in_steps<Step>(chunk.size());
+        finish_stores();
+        for (int64_t row = 0; row < count; row += kRowUnit) {
+            const float* from = left + row * left_stride;
+            float* const at = out + row * kPanel;
+            if (chunk.begin == 0) {
+                zero_all_sums();
+            } else {
+                load_all_sums(at, kPanel);
+            }
+            for (int64_t step = 0; step < size; step += kStepUnit) {
+                load_left<0>(pairs(from + step), left_stride * 4);
+                load_left<1>(pairs(from + kTileRows * left_stride + step), left_stride * 4);
+                load_right<0>(pairs(panel + step * kPanel), kPanel * 4);
+                if constexpr (kVectors == 1) {
+                    multiply_tiles<0, 0>();
+                    multiply_tiles<1, 0>();
+                } else {
+                    load_right<1>(pairs(panel + step * kPanel + kLanes), kPanel * 4);
+                    multiply_all_tiles();
+                }
+            }
+            store_all_sums(at, kPanel);
+        }
+    }
+#endif
 
     template <int kVectors>
     void multiply_rows(int64_t count, Range chunk, const float* panel, float* out) const {

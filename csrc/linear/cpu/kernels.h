@@ -50,7 +50,7 @@ struct Kernels {
 
     // For y^T of few rows of x, up to `most_few_columns`: rows [begin, end) of `out`, all columns. The weight's bytes
     // are the limit.
-    int64_t most_few_columns;
+    int64_t (*most_few_columns)(Dtype);
     int64_t (*few_columns_scratch)(const Product&);
     void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
 };

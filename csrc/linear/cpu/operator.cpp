@@ -82,7 +82,7 @@ void run(Product& p, const RowsOf& left, const RowsOf& right, const Tensor& out)
     p.out_matrix.rows = contiguous_rows(out.sizes().back());
     p.dtype = dtype_of(out);
     const Kernels& kernels = *kKernels[selected_isa()];
-    if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns) {
+    if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p.dtype)) {
         run_few_columns(p, kernels);
     } else {
         run_blocks(p, kernels);

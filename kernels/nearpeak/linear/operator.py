@@ -12,12 +12,17 @@ from . import reference
 
 KERNELS = ("cpu",)
 
-# Up to this many rows the weight's bytes are the limit, and the kernels come closer to it than torch's do.
-FEW_ROWS = 16
+
+def few_rows(dtype):
+    """Up to this many rows the weight's bytes are the limit, and the kernels come closer to it than torch's do.
+
+    With matrix units torch's overtake at 65 to 128 rows, by shape (AMX machine, bfloat16).
+    """
+    return 64 if dtype is torch.bfloat16 and backends.isa() == "amx" else 16
 
 
 def _fast_in_torch():
-    """The dtypes whose products of many rows torch gives to a tuned library on this CPU, with the words for that.
+    """The dtypes whose products of many rows torch gives to a tuned library on this CPU.
 
     On x86 oneDNN's products of 16-bit types need AVX-512 at least; below that torch runs a naive loop.
     """
@@ -27,10 +32,7 @@ def _fast_in_torch():
             dtypes.append(torch.bfloat16)
         if torch.ops.mkldnn._is_mkldnn_fp16_supported():
             dtypes.append(torch.float16)
-    return {
-        dtype: f"more than {FEW_ROWS} rows of {dtype} are what torch's own library is fast at: torch's linear serves it"
-        for dtype in dtypes
-    }
+    return frozenset(dtypes)
 
 
 FAST_IN_TORCH = _fast_in_torch()
@@ -42,7 +44,12 @@ def _why_torch_serves(x):
         return None
     if not x.is_cpu:
         return f"on {x.device.type} torch's own library is the one to use: torch's linear serves it"
-    return FAST_IN_TORCH.get(x.dtype) if x.numel() > FEW_ROWS * x.shape[-1] else None
+    if x.dtype not in FAST_IN_TORCH:
+        return None
+    few = few_rows(x.dtype)
+    if x.numel() <= few * x.shape[-1]:
+        return None
+    return f"more than {few} rows of {x.dtype} are what torch's own library is fast at: torch's linear serves it"
 
 
 def _check(x, weight, bias):

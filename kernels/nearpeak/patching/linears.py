@@ -10,7 +10,7 @@ import torch
 
 from .. import backends
 from ..linear import linear
-from ..linear.operator import FAST_IN_TORCH, FEW_ROWS
+from ..linear.operator import FAST_IN_TORCH, few_rows
 from .classes import serving_subclass
 
 
@@ -43,5 +43,5 @@ def served(module: torch.nn.Linear) -> tuple[type | None, str]:
         return None, f"{weight.dtype} has no kernel"
     detail = "nearpeak.linear"
     if weight.dtype in FAST_IN_TORCH:
-        detail += f" up to {FEW_ROWS} rows, torch's own for more"
+        detail += f" up to {few_rows(weight.dtype)} rows, torch's own for more"
     return serving_class(type(module)), detail
