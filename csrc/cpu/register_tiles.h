@@ -34,19 +34,23 @@ struct Pairs {
     static Float multiply_add(Float left, Float right, Float sums) { return multiply_add_pairs(left, right, sums); }
 };
 
-// A left matrix whose steps lie next to each other, rows `stride` elements apart.
+// A left matrix whose steps lie next to each other, rows `stride` elements apart. Three rows share a pointer: a
+// processor adds a stride, or two, as it loads, and has no registers for a pointer to each row.
 template <int kRows, class T = float>
 struct RowWise {
-    RowWise(const T* first, int64_t stride) {
-        for (int row = 0; row < kRows; ++row) rows[row] = first + row * stride;
+    RowWise(const T* first, int64_t its_stride) : stride(its_stride) {
+        for (int base = 0; base < kBases; ++base) bases[base] = first + base * kShare * stride;
     }
     float operator()(int row, int64_t step) const {
         float bits;
-        std::memcpy(&bits, rows[row] + step * static_cast<int64_t>(sizeof(float) / sizeof(T)), sizeof(bits));
+        const T* at = bases[row / kShare] + step * static_cast<int64_t>(sizeof(float) / sizeof(T));
+        std::memcpy(&bits, at + row % kShare * stride, sizeof(bits));
         return bits;
     }
 
-    const T* rows[kRows];
+    static constexpr int kShare = 3, kBases = (kRows + kShare - 1) / kShare;
+    const T* bases[kBases];
+    int64_t stride;
 };
 
 // A left matrix whose rows lie next to each other, steps `stride` apart.
@@ -64,13 +68,16 @@ inline void multiply_tile(Left left, const float* right, int64_t right_stride, i
     Float sums[kRows][kVectors] = {};
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
         Float vectors[kVectors];
+#pragma GCC unroll 4
         for (int vector = 0; vector < kVectors; ++vector) {
-            vectors[vector] = load(right + vector * kLanes);
-            keep_in_register(vectors[vector]);
+            Float loaded = load(right + vector * kLanes);
+            keep_in_register(loaded);
+            vectors[vector] = loaded;
         }
 #pragma GCC unroll 24
         for (int row = 0; row < kRows; ++row) {
             const Float element = broadcast(left(row, step));
+#pragma GCC unroll 4
             for (int vector = 0; vector < kVectors; ++vector)
                 sums[row][vector] = Step::multiply_add(element, vectors[vector], sums[row][vector]);
         }

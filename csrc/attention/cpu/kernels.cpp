@@ -43,14 +43,6 @@ using PrefillOf = Prefill<T, ProductsOf<T>>;
 template <class T>
 using BackwardBlockOf = BackwardBlock<T, GradientsOf<T>>;
 
-int64_t most_prefill_rows(const Forward& p) {
-    constexpr int64_t kLeastDim = 64;
-    const int64_t dim = std::max({kLeastDim, p.head_dim, p.value_dim});
-    int64_t rows = 0;
-    with_type(p.dtype, [&](auto* t) { rows = ProductsOf<std::remove_pointer_t<decltype(t)>>::kRowElements / dim; });
-    return rows;
-}
-
 int64_t prefill_scratch(const Forward& p, int64_t rows) {
     Arena counting(nullptr);
     const Task task{{}, 0, 0, rows, 0, 0};
@@ -112,7 +104,7 @@ void backward(const Backward& p, const Task& task, float* scratch, const Turn* b
 
 }  // namespace
 
-const Kernels kernels = {most_prefill_rows, prefill_scratch, prefill,     decode_scratch,   decode,  merge,
-                         rows_scratch,      prepare_rows,    finish_rows, backward_scratch, backward};
+const Kernels kernels = {prefill_scratch, prefill,      decode_scratch, decode,           merge,
+                         rows_scratch,    prepare_rows, finish_rows,    backward_scratch, backward};
 
 }  // namespace nearpeak::attention::NEARPEAK_ISA

@@ -137,9 +137,6 @@ struct Task {
 };
 
 struct Kernels {
-    // Rows of a prefill task at most: more share one packing of the keys and values, as long as they fit the
-    // second-level cache.
-    int64_t (*most_prefill_rows)(const Forward&);
     // Floats of scratch memory that a task of so many rows needs.
     int64_t (*prefill_scratch)(const Forward&, int64_t rows);
     // Many rows: queries lie across the lanes of a vector.

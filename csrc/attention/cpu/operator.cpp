@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../cpu/caches.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "describe.h"
@@ -21,6 +22,16 @@ constexpr int64_t kFewRows = 2 * kDecodeRows;
 constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
 // Rows of a prefill task at least.
 constexpr int64_t kMinRows = 32;
+
+// And at most: more share one packing of the keys and values, as long as their queries and sums leave room for those in
+// the second-level cache. Two threads, S 4096, head_dim 128, bfloat16 on AMX (2 MiB): 192 rows 1.03 Tflop/s, 768 rows
+// 1.40.
+int64_t most_rows(const Forward& p) {
+    constexpr int64_t kFloatsPerDim = 2, kLeastDim = 64;
+    const int64_t share = second_level_cache() * 3 / 8;
+    const int64_t dim = std::max({kLeastDim, p.head_dim, p.value_dim});
+    return std::max<int64_t>(kMinRows, share / (dim * kFloatsPerDim * static_cast<int64_t>(sizeof(float))));
+}
 
 int64_t threads() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
@@ -63,8 +74,7 @@ void run_prefill(const Forward& p, const Kernels& kernels) {
     }
     if (all_rows == 0) return;
     const int64_t spread = divide_up(all_rows, threads() * kTasksPerThread);
-    const int64_t most = std::max(kMinRows, kernels.most_prefill_rows(p));
-    const int64_t rows = std::clamp(divide_up(spread, kMinRows) * kMinRows, kMinRows, most);
+    const int64_t rows = std::clamp(divide_up(spread, kMinRows) * kMinRows, kMinRows, most_rows(p));
     std::vector<Task> tasks = tasks_of_rows(p, false, rows);
     // Those with the most keys first, so that no thread is left alone with a long one.
     std::stable_sort(tasks.begin(), tasks.end(),

@@ -22,8 +22,6 @@ class PairScores {
     static constexpr int64_t kBlock = 192;
     // The scale goes into the scores as they leave their registers: scaled queries would be rounded once more.
     static constexpr bool kScoresAreScaled = true;
-    // Elements of the queries of a task at most.
-    static constexpr int64_t kRowElements = 192 * 128;
     // Keys that only go together.
     static constexpr int64_t kStep = 2;
 

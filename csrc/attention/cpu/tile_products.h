@@ -24,9 +24,6 @@ class TileProducts {
     static constexpr int64_t kBlock = 256;
     // Scaling queries would round them once more.
     static constexpr bool kScoresAreScaled = false;
-    // Elements of the queries of a task at most: with their outputs in float32 a third of a 2 MiB second-level cache.
-    // S 4096, D 128: 192 rows 1.03 Tflop/s, 768 rows 1.40.
-    static constexpr int64_t kRowElements = 768 * 128;
     // Keys that only go together, and dimensions.
     static constexpr int64_t kStep = 2 * kTileRows;
 

@@ -24,8 +24,6 @@ class VectorScores {
     static constexpr int64_t kBlock = kLanes == 4 ? 48 : 96;
     // The scale is in the query panels already.
     static constexpr bool kScoresAreScaled = true;
-    // Elements of the queries of a task at most.
-    static constexpr int64_t kRowElements = 192 * 128;
     // Keys that only go together.
     static constexpr int64_t kStep = 1;
 
