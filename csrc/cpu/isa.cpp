@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -44,7 +45,7 @@ bool has_amx() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-bool supported(const char* name) {
+bool ask_processor(const char* name) {
     if (std::strcmp(name, "portable") == 0) return true;
     if (std::strcmp(name, "avx512") == 0) return has_avx512();
     if (std::strcmp(name, "avx512_bf16") == 0) return has_avx512_bf16();
@@ -52,13 +53,32 @@ bool supported(const char* name) {
     return has_avx2();  // avx2, and the wide instruction sets' sources compiled for it
 }
 #else
-bool supported(const char* name) { return std::strcmp(name, "portable") == 0; }
+bool ask_processor(const char* name) { return std::strcmp(name, "portable") == 0; }
 #endif
+
+// Asked once: a virtual machine takes 20 us to answer for its processor.
+bool supported(int isa) {
+    static const std::vector<bool> answers = [] {
+        std::vector<bool> each;
+        for (const char* name : kNames) each.push_back(ask_processor(name));
+        return each;
+    }();
+    return answers[isa];
+}
+
+// Intel's processors multiply pairs of bfloat16 more slowly than the same numbers widened (see pairs.h).
+bool pays(const char* name) {
+#if defined(__x86_64__)
+    return std::strcmp(name, "avx512_bf16") != 0 || !__builtin_cpu_is("intel");
+#else
+    return true;
+#endif
+}
 
 int best() {
     int position = 0;
     for (int isa = 0; isa < kCount; ++isa) {
-        if (supported(kNames[isa])) position = isa;
+        if (supported(isa) && pays(kNames[isa])) position = isa;
     }
     return position;
 }
@@ -70,8 +90,8 @@ std::atomic<int>& selection() {
 
 std::string join(bool only_supported) {
     std::string text;
-    for (const char* name : kNames) {
-        if (!only_supported || supported(name)) text += std::string(text.empty() ? "" : " ") + name;
+    for (int isa = 0; isa < kCount; ++isa) {
+        if (!only_supported || supported(isa)) text += std::string(text.empty() ? "" : " ") + kNames[isa];
     }
     return text;
 }
@@ -99,7 +119,7 @@ __attribute__((visibility("default"))) const char* nearpeak_isas_supported() {
 // 0, or -1 where the name is unknown or this processor cannot run it.
 __attribute__((visibility("default"))) int nearpeak_select_isa(const char* name) {
     for (int isa = 0; isa < nearpeak::kCount; ++isa) {
-        if (std::strcmp(nearpeak::kNames[isa], name) == 0 && nearpeak::supported(name)) {
+        if (std::strcmp(nearpeak::kNames[isa], name) == 0 && nearpeak::supported(isa)) {
             nearpeak::selection().store(isa);
             return 0;
         }

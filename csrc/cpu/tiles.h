@@ -12,10 +12,6 @@
 
 #include "pairs.h"
 
-#if defined(NEARPEAK_EMULATE_TILES) || defined(__AMX_BF16__)
-#define NEARPEAK_HAS_TILES
-#endif
-
 namespace nearpeak::NEARPEAK_ISA {
 
 // Whether products of this storage type are taken in tiles.

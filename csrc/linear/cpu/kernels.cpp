@@ -13,7 +13,7 @@ namespace {
 
 #ifdef NEARPEAK_HAS_TILES
 // Up to so many columns vectors are as fast as tiles, beyond so many blocks are (AMX machine; see few_columns.h).
-constexpr int64_t kVectorColumns = 4, kTileColumns = 64;
+constexpr int64_t kVectorColumns = 2, kTileColumns = 64;
 
 int64_t most_few_columns(Dtype dtype) { return dtype == Dtype::bfloat16 ? kTileColumns : kFewColumns; }
 #else

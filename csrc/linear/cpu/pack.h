@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../../cpu/register_tiles.h"
+#include "../../cpu/tiles.h"
 #include "kernels.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
@@ -13,7 +14,7 @@ namespace nearpeak::linear::NEARPEAK_ISA {
 using namespace nearpeak::NEARPEAK_ISA;
 
 template <class T>
-using StepOf = std::conditional_t<kInPairs<T>, Pairs, Singles>;
+using StepOf = std::conditional_t<kInPairs<T> || kInTiles<T>, Pairs, Singles>;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
