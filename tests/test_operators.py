@@ -69,9 +69,15 @@ SAMPLES = {
         (X, None, None, X, 1e-5, torch.empty_like(X), torch.empty_like(X)),
     ],
     "layer_norm_backward": [(X, X, WEIGHT, WEIGHT, None, 1e-5), (X, X, None, WEIGHT, X, 1e-5)],
-    "apply_rotary": [(*leaves(*rotary_operands()), COS[None], SIN[None], interleaved, False) for interleaved in (0, 1)],
-    "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True)],
-    "apply_rotary_": [(*rotary_operands(), COS[None], SIN[None], True, False)],
+    "apply_rotary": [
+        (*leaves(*rotary_operands()), COS[None], SIN[None], False, False, 16),
+        (*leaves(*rotary_operands()), COS[None, :, :4], SIN[None, :, :4], True, False, 8),
+    ],
+    "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True, 16)],
+    "apply_rotary_": [
+        (*rotary_operands(), COS[None], SIN[None], True, False, 16),
+        (*rotary_operands(), COS[:, :2], SIN[:, :2], False, False, 4),
+    ],
     "attention": [
         (*leaves(*attention_operands()), None, 0, 0.25, None),
         (*leaves(*attention_operands()), None, 0, 0.25, None, MASK, *leaves(BIAS), SLOPES, *leaves(randn(4, seed=7))),
@@ -141,6 +147,11 @@ LAYERS = {
     "rotary_interleaved": Layer(
         lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, interleaved=True),
         (*rotary_operands(), COS, SIN),
+        (2, 2, 0, 0),
+    ),
+    "rotary_partial": Layer(
+        lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, rotary_dim=12),
+        (*rotary_operands(), COS[:, :6], SIN[:, :6]),
         (2, 2, 0, 0),
     ),
     "attention": Layer(
@@ -249,6 +260,7 @@ def test_writing_functions_compile():
         nearpeak.rms_norm(x, residual=out, out=(out, x))
         nearpeak.layer_norm(x, residual=out, out=(out, x))
         nearpeak.layer_norm(x, residual=out, return_residual=False, out=x)
+        nearpeak.apply_rotary(query, key, COS[:, :6], SIN[:, :6], rotary_dim=12, inplace=True)
         return out, x, *nearpeak.apply_rotary(query, key, COS, SIN, inplace=True)
 
     compiled = torch.compile(write, fullgraph=True, backend="aot_eager")

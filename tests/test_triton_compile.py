@@ -76,6 +76,7 @@ CHOSEN = [
     (norm_case(65536, BFLOAT, "backward"), "sm_80"),
     *((rotary_case(128, BFLOAT, interleaved), "sm_90") for interleaved in (False, True)),
     (rotary_case(128, BFLOAT, False), "gfx942"),
+    *((rotary_case(128, BFLOAT, interleaved, rotary_dim=64), "sm_90") for interleaved in (False, True)),
     *((feedforward_case(14336, BFLOAT, "silu", direction), "sm_90") for direction in ("forward", "backward")),
     (feedforward_case(2048, SINGLE, "gelu", "backward"), "gfx942"),
     *((attention_case(128, BFLOAT), target) for target in TARGETS),

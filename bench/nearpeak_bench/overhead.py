@@ -76,7 +76,9 @@ OPERATORS = [
         "apply_rotary_inference",
         lambda random: _heads(random, "query", "key") | _tables(random),
         lambda query, key, cos, sin: nearpeak.apply_rotary(query, key, cos, sin),
-        lambda query, key, cos, sin: rotary.reference.apply_rotary(query, key, cos[None], sin[None], False, False),
+        lambda query, key, cos, sin: rotary.reference.apply_rotary(
+            query, key, cos[None], sin[None], False, False, ELEMENTS
+        ),
     ),
     _operator(
         "overhead_linear",

@@ -40,15 +40,19 @@ def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_
     return Case(f"{layer} {direction} {width} {_name(dtype)}", launch, wide=wide)
 
 
-def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048) -> Case:
+def rotary_case(
+    head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048, rotary_dim: int | None = None
+) -> Case:
+    turned = rotary_dim or head_dim
     query, key = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 8, length, head_dim, dtype=dtype)
-    table = _empty(1, length, head_dim // 2, dtype=torch.float32)
+    table = _empty(1, length, turned // 2, dtype=torch.float32)
     pairs = "interleaved" if interleaved else "halves"
+    widths = head_dim if turned == head_dim else f"{turned} of {head_dim}"
     # The pairs of one position alone are fewer than 16 bytes for each thread of a warp.
-    wide = length > 1 and head_dim // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    wide = length > 1 and turned // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(
-        f"rotary {pairs} {head_dim} {_name(dtype)} {length} positions",
-        lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False),
+        f"rotary {pairs} {widths} {_name(dtype)} {length} positions",
+        lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False, turned),
         wide=wide,
     )
 
@@ -141,6 +145,7 @@ def every_case() -> list[Case]:
     ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
+    odd += [rotary_case(80, bfloat, interleaved, rotary_dim=32) for interleaved in (False, True)]
     odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
     odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
     odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
