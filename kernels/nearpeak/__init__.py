@@ -8,7 +8,7 @@ from .feedforward import activation, geglu, reglu, swiglu
 from .linear import linear
 from .norm import layer_norm, rms_norm
 from .patching import PatchReport, patch, patched, unpatch
-from .rotary import apply_rotary
+from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "patched",
     "reglu",
     "rms_norm",
+    "rotary_frequencies",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "swiglu",
     "unpatch",
