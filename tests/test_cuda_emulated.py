@@ -61,6 +61,11 @@ def test_norm_is_as_exact_as_plain(dtype, case):
     assert_as_exact(test_norm.results(case, draws), test_norm.standards_of(case, draws))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_norm_that_casts_first_gives_llamas_very_numbers(dtype):
+    test_norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
+
+
 @pytest.mark.parametrize("layout", test_norm.LAYOUTS)
 @pytest.mark.parametrize("width", [64, 67])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,6 +33,7 @@ SHAPES = {
          "layer_norm_out", "add_layer_norm", "post_layer_norm", "swiglu", "swiglu_packed", "geglu", "geglu_tanh",
          "reglu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu_squared"), ROWS),
     **dict.fromkeys(("apply_rotary", "apply_rotary_inplace"), TURNED),
+    "qk_norm": [{**HEADS, "sequence": 7}],
     "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
     "apply_rotary_partial": [{**HEADS, "sequence": 7}],
     "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
@@ -188,13 +189,36 @@ rms_norm_gemma = Operator(
     name="rms_norm_gemma",
     shape="{rows}x{width}",
     inputs=lambda random, rows, width: {"x": random(rows, width), "weight": random(width)},
-    reference=lambda x, weight: norm_reference.rms_norm(x, weight, EPS, 1.0),
+    reference=lambda x, weight: norm_reference.rms_norm(x, weight, EPS, 1.0, False),
     plain=_gemma_plain,
     work={},
     kernels={"forward": "rms_norm_inference", "backward": "rms_norm_backward"},
     differentiable=("x", "weight"),
 )
 rms_norm_gemma.implementation("nearpeak")(lambda x, weight: lambda: nearpeak.rms_norm(x, weight, EPS, offset=1.0))
+
+
+qk_norm = Operator(
+    name="qk_norm",
+    shape="{heads}:{key_heads}x{sequence}x{head_dim}",
+    inputs=lambda random, heads, key_heads, sequence, head_dim: {
+        "query": random(2, sequence, heads, head_dim),
+        "key": random(2, sequence, key_heads, head_dim),
+        "query_weight": random(head_dim),
+        "key_weight": random(head_dim),
+    },
+    reference=lambda query, key, query_weight, key_weight: norm_reference.qk_norm(
+        query, key, query_weight, key_weight, EPS, 0.0, False
+    ),
+    plain=lambda query, key, query_weight, key_weight: (
+        F.rms_norm(query, query.shape[3:], query_weight, EPS),
+        F.rms_norm(key, key.shape[3:], key_weight, EPS),
+    ),
+    work={},
+    kernels={"forward": "qk_norm_inference", "backward": "qk_norm_backward"},
+    differentiable=("query", "key", "query_weight", "key_weight"),
+)
+qk_norm.implementation("nearpeak")(lambda **inputs: lambda: nearpeak.qk_norm(**inputs))
 
 
 def _turned(random, heads, key_heads, sequence, head_dim, rotary_dim):

@@ -7,7 +7,7 @@ from nearpeak import triton_launch
 from nearpeak.attention import triton_attention
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
-from nearpeak.norm import triton_norm
+from nearpeak.norm import triton_norm, triton_qk_norm
 from nearpeak.rotary import triton_rotary
 
 from .compiling import Case
@@ -26,8 +26,8 @@ def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_
     x, weight = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype)
     launch = {
         "rms_norm": {
-            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0),
-            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0),
+            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0, False),
+            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0, False),
             "backward": lambda: triton_norm.rms_norm_backward(x, x, weight, x, 1e-6, 1.0),
         },
         "layer_norm": {
@@ -38,6 +38,18 @@ def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_
     }[layer][direction]
     wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(f"{layer} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
+def qk_norm_case(head_dim: int, dtype: torch.dtype, direction: str, length: int = 2048) -> Case:
+    """direction: "forward" or "backward"; heads lie as slices of a packed projection."""
+    packed, weight = _empty(1, length, 48, head_dim, dtype=dtype), _empty(head_dim, dtype=dtype)
+    query, key = packed[:, :, :32], packed[:, :, 32:40]
+    launch = {
+        "forward": lambda: triton_qk_norm.qk_norm(query, key, weight, weight, 1e-6, 0.0, False),
+        "backward": lambda: triton_qk_norm.qk_norm_backward(query, key, query, key, weight, weight, 1e-6, 0.0),
+    }[direction]
+    wide = head_dim * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(f"qk_norm {direction} {head_dim} {_name(dtype)}", launch, wide=wide)
 
 
 def rotary_case(
@@ -122,6 +134,12 @@ def every_case() -> list[Case]:
         for head_dim in (64, 128, 256)
         for length in (2048, 1)
     ]
+    norms += [
+        qk_norm_case(head_dim, dtype, direction)
+        for direction in ("forward", "backward")
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+    ]
     options = {"window": ((None, None), (None, 0), (512, 0)), "softcap": (None, 50.0)}
     attentions = [
         attention_case(head_dim, dtype, length, window, softcap)
@@ -167,7 +185,7 @@ def common_cases() -> list[Case]:
 
 
 FAMILIES = {
-    "norm": ("rms_norm", "layer_norm"),
+    "norm": ("rms_norm", "layer_norm", "qk_norm"),
     "rotary": ("rotary",),
     "feedforward": ("feedforward",),
     "attention": ("attention",),
