@@ -200,7 +200,7 @@ def test_a_bad_head_spoils_no_other(serving, bad):
     assert out_key.isfinite().all()
 
 
-def test_float64_is_served_in_float64(serving):
+def test_float64_is_served_in_float64():
     inputs, grads = inputs_of(Case(offset=1.0), torch.float64)
     mine = plain.value_and_gradients(served(Case(offset=1.0)), inputs, grads)
     expected = plain.value_and_gradients(of_each(plain.rms_norm, Case(offset=1.0)), inputs, grads)
