@@ -23,18 +23,19 @@ __all__ = [
 ]
 
 
-def rms_norm(x, weight, eps, offset):
-    """torch's layer, or with an offset Gemma's as Hugging Face's transformers writes it."""
-    if offset == 0.0 and (weight is None or weight.dtype is x.dtype):
+def rms_norm(x, weight, eps, offset, cast_first=False):
+    """torch's layer; with an offset Gemma's, with cast_first Llama's, as Hugging Face's transformers writes them."""
+    if not cast_first and offset == 0.0 and (weight is None or weight.dtype is x.dtype):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     wide = x if x.dtype is torch.float64 else x.float()
     y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y = y.to(x.dtype) if cast_first else y
     return (y if weight is None else y * (offset + weight.to(wide.dtype))).to(x.dtype)
 
 
-def add_rms_norm(x, residual, weight, eps, offset):
+def add_rms_norm(x, residual, weight, eps, offset, cast_first=False):
     hidden = x + residual
-    return rms_norm(hidden, weight, eps, offset), hidden
+    return rms_norm(hidden, weight, eps, offset, cast_first), hidden
 
 
 def layer_norm(x, weight, bias, eps):

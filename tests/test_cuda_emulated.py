@@ -61,6 +61,11 @@ def test_norm_is_as_exact_as_plain(dtype, case):
     assert_as_exact(test_norm.results(case, draws), test_norm.standards_of(case, draws))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_norm_that_casts_first_gives_llamas_very_numbers(dtype):
+    test_norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
+
+
 @pytest.mark.parametrize("layout", test_norm.LAYOUTS)
 @pytest.mark.parametrize("width", [64, 67])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,6 +122,11 @@ ROTARY_CASES = [
     *(test_rotary.Case(heads=heads, key_heads=key_heads) for heads, key_heads in ((17, 3), (1, 1), (4, 0), (0, 2))),
     test_rotary.Case(heads=20, key_heads=13, sequence=600, batch=1, head_dim=16),
     test_rotary.Case(batch=0),
+    *(
+        test_rotary.Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
+        for head_dim, rotary_dim in ((7, 4), (64, 16), (80, 32), (80, 20), (2080, 32))
+        for interleaved in (False, True)
+    ),
 ]
 
 
@@ -143,7 +153,8 @@ def test_rotary_keeps_any_layout(dtype, head_dim, layout, interleaved):
 @pytest.mark.parametrize("layout", [*test_rotary.LAYOUTS, "packed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotary_in_place_writes_only_its_own_elements(dtype, layout):
-    test_rotary.test_in_place_writes_only_its_own_elements(None, dtype, layout)
+    for rotary_dim in (None, 20):
+        test_rotary.test_in_place_writes_only_its_own_elements(None, dtype, layout, rotary_dim)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])

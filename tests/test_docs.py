@@ -6,7 +6,7 @@ import re
 import pytest
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-RUNNING = ["doors.md"]
+RUNNING = ["doors.md", "layers.md"]
 
 
 @pytest.mark.parametrize("page", RUNNING)

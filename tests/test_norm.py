@@ -19,6 +19,7 @@ class Case(NamedTuple):
     width: int = 64
     weight: torch.dtype | str | None = "x's dtype"
     offset: float = 0.0
+    cast_first: bool = False
     residual: bool = False
     eps: float = 1e-6
     magnitude: float = 1.0
@@ -39,6 +40,8 @@ CASES = [
     Case(offset=1.0),
     Case(offset=1.0, weight=torch.float32),
     Case(offset=1.0, weight=None),
+    *(Case(cast_first=True, width=width, residual=residual) for width in (7, 640) for residual in (False, True)),
+    *(Case(cast_first=True, weight=weight, offset=1.0) for weight in (None, torch.float32)),
     Case(eps=0.0),
     Case(eps=1.0),
     Case(rows=(2,), width=131072),
@@ -61,12 +64,15 @@ def inputs_of(case, dtype):
 def call(module, case):
     """The layer of `module` (reference or plain) as a function of x, residual and weight."""
     if case.residual:
-        return lambda x, residual, weight: module.add_rms_norm(x, residual, weight, case.eps, case.offset)
-    return lambda x, residual, weight: module.rms_norm(x, weight, case.eps, case.offset)
+        return lambda x, residual, weight: module.add_rms_norm(
+            x, residual, weight, case.eps, case.offset, case.cast_first
+        )
+    return lambda x, residual, weight: module.rms_norm(x, weight, case.eps, case.offset, case.cast_first)
 
 
 def served(case):
-    return lambda x, residual, weight: nearpeak.rms_norm(x, weight, case.eps, residual=residual, offset=case.offset)
+    options = {"offset": case.offset, "cast_first": case.cast_first}
+    return lambda x, residual, weight: nearpeak.rms_norm(x, weight, case.eps, residual=residual, **options)
 
 
 def results(case, draws):
@@ -149,6 +155,35 @@ def test_where_plain_stays_finite_so_does_nearpeak(serving, dtype, extreme, eps)
             for tensor in tensors:
                 tensor[overflown] = 0.0
     assert_as_exact(mine, standards([plains], exacts))
+
+
+def llamas(x, weight, eps):
+    """As Hugging Face's LlamaRMSNorm computes it."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_cast_first_gives_llamas_very_numbers(serving, dtype):
+    """Rows of two elements: their squares have one sum, in whatever order they are added."""
+    x, weight = randn(5000, 2, dtype=dtype), randn(2, dtype=dtype, seed=1)
+    expected = llamas(x, weight, 1e-6)
+    assert torch.equal(nearpeak.rms_norm(x, weight, 1e-6, cast_first=True), expected)
+    assert not torch.equal(nearpeak.rms_norm(x, weight, 1e-6), expected)
+    out = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
+    nearpeak.rms_norm(x, weight, 1e-6, residual=torch.zeros_like(x), cast_first=True, out=out)
+    assert torch.equal(out[0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_rounding_once_is_never_less_exact_than_casting_first(serving, dtype):
+    """Why `nearpeak.patch` rounds once, in models whose own modules cast first."""
+    case = Case(rows=(64,), width=640)
+    draws = draws_of(case, dtype)
+    exacts, plains = exacts_of(case, draws), plains_of(case._replace(cast_first=True), draws)
+    for mine, exact, theirs in zip(results(case, draws), exacts, plains, strict=True):
+        for a, b, truth in zip(mine, theirs, exact, strict=True):
+            assert (a.double() - truth).abs().mean() <= (b.double() - truth).abs().mean()
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan], ids=["inf", "nan"])
@@ -314,6 +349,7 @@ def cases(draw):
         width=draw(st.integers(2, 300)),
         weight=draw(st.sampled_from(["x's dtype", torch.float32, None])),
         offset=draw(st.sampled_from([0.0, 1.0])),
+        cast_first=draw(st.booleans()),
         residual=draw(st.booleans()),
         eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
         magnitude=draw(st.sampled_from([1e-3, 1.0, 100.0])),

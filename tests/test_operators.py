@@ -24,6 +24,10 @@ def rotary_operands():
     return randn(2, 3, 9, 16), sequence_first(randn(2, 1, 9, 16, seed=1))
 
 
+def qk_operands():
+    return sequence_first(randn(2, 3, 9, 16)), randn(2, 2, 9, 16, seed=1)
+
+
 def attention_operands(query_length=9):
     return randn(2, 4, query_length, 16), sequence_first(randn(2, 2, 11, 16, seed=1)), randn(2, 2, 11, 16, seed=2)
 
@@ -46,13 +50,16 @@ X, WEIGHT = norm_operands()
 PACKED = torch.cat((X, X), dim=-1)
 MASK, BIAS, SLOPES = randn(2, 1, 9, 11) < 1.0, randn(1, 4, 9, 11, seed=5), randn(4, seed=6).abs()
 SAMPLES = {
-    "rms_norm": [(*leaves(*norm_operands()), 1e-6, 1.0), (X[0].T.detach().requires_grad_(), None, 0.1, 0.0)],
-    "rms_norm_inference": [(X, WEIGHT, 1e-6, 1.0), (X.bfloat16(), WEIGHT, 1e-6, 0.0)],
-    "add_rms_norm": [(*leaves(X.clone(), X.clone(), WEIGHT.clone()), 1e-6, 0.0)],
-    "add_rms_norm_inference": [(X, X, None, 1e-6, 0.0)],
+    "rms_norm": [
+        (*leaves(*norm_operands()), 1e-6, 1.0, False),
+        (X[0].T.detach().requires_grad_(), None, 0.1, 0.0, True),
+    ],
+    "rms_norm_inference": [(X, WEIGHT, 1e-6, 1.0, False), (X.bfloat16(), WEIGHT, 1e-6, 0.0, True)],
+    "add_rms_norm": [(*leaves(X.clone(), X.clone(), WEIGHT.clone()), 1e-6, 0.0, False)],
+    "add_rms_norm_inference": [(X, X, None, 1e-6, 0.0, False)],
     "rms_norm_out": [
-        (X, WEIGHT, None, 1e-6, 0.0, torch.empty_like(X), None),
-        (X, None, X, 1e-6, 1.0, torch.empty_like(X), torch.empty_like(X)),
+        (X, WEIGHT, None, 1e-6, 0.0, False, torch.empty_like(X), None),
+        (X, None, X, 1e-6, 1.0, True, torch.empty_like(X), torch.empty_like(X)),
     ],
     "rms_norm_backward": [(X, X, WEIGHT, None, 1e-6, 0.0), (X, X, None, X, 1e-6, 1.0)],
     "layer_norm": [
@@ -69,9 +76,21 @@ SAMPLES = {
         (X, None, None, X, 1e-5, torch.empty_like(X), torch.empty_like(X)),
     ],
     "layer_norm_backward": [(X, X, WEIGHT, WEIGHT, None, 1e-5), (X, X, None, WEIGHT, X, 1e-5)],
-    "apply_rotary": [(*leaves(*rotary_operands()), COS[None], SIN[None], interleaved, False) for interleaved in (0, 1)],
-    "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True)],
-    "apply_rotary_": [(*rotary_operands(), COS[None], SIN[None], True, False)],
+    "qk_norm": [
+        (*leaves(*qk_operands(), WEIGHT[:16].clone(), WEIGHT[1:].clone()), 1e-6, 1.0, False),
+        (*leaves(*qk_operands()), None, None, 1e-6, 0.0, True),
+    ],
+    "qk_norm_inference": [(*qk_operands(), WEIGHT[:16], None, 1e-6, 0.0, False)],
+    "qk_norm_backward": [(*qk_operands(), *qk_operands(), None, WEIGHT[:16], 1e-6, 0.0)],
+    "apply_rotary": [
+        (*leaves(*rotary_operands()), COS[None], SIN[None], False, False, 16),
+        (*leaves(*rotary_operands()), COS[None, :, :4], SIN[None, :, :4], True, False, 8),
+    ],
+    "apply_rotary_inference": [(*rotary_operands(), COS[None], SIN[None], False, True, 16)],
+    "apply_rotary_": [
+        (*rotary_operands(), COS[None], SIN[None], True, False, 16),
+        (*rotary_operands(), COS[:, :2], SIN[:, :2], False, False, 4),
+    ],
     "attention": [
         (*leaves(*attention_operands()), None, 0, 0.25, None),
         (*leaves(*attention_operands()), None, 0, 0.25, None, MASK, *leaves(BIAS), SLOPES, *leaves(randn(4, seed=7))),
@@ -137,10 +156,16 @@ LAYERS = {
     "post_layer_norm": Layer(
         lambda x, r, w: nearpeak.layer_norm(x, w, residual=r, return_residual=False), (X, X + 1, WEIGHT), (1, 1, None)
     ),
+    "qk_norm": Layer(lambda q, k: nearpeak.qk_norm(q, k, WEIGHT[:16].to(q.dtype), offset=1.0), qk_operands(), (2, 2)),
     "rotary": Layer(lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s), (*rotary_operands(), COS, SIN), (2, 2, 0, 0)),
     "rotary_interleaved": Layer(
         lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, interleaved=True),
         (*rotary_operands(), COS, SIN),
+        (2, 2, 0, 0),
+    ),
+    "rotary_partial": Layer(
+        lambda q, k, c, s: nearpeak.apply_rotary(q, k, c, s, rotary_dim=12),
+        (*rotary_operands(), COS[:, :6], SIN[:, :6]),
         (2, 2, 0, 0),
     ),
     "attention": Layer(
@@ -249,6 +274,7 @@ def test_writing_functions_compile():
         nearpeak.rms_norm(x, residual=out, out=(out, x))
         nearpeak.layer_norm(x, residual=out, out=(out, x))
         nearpeak.layer_norm(x, residual=out, return_residual=False, out=x)
+        nearpeak.apply_rotary(query, key, COS[:, :6], SIN[:, :6], rotary_dim=12, inplace=True)
         return out, x, *nearpeak.apply_rotary(query, key, COS, SIN, inplace=True)
 
     compiled = torch.compile(write, fullgraph=True, backend="aot_eager")
@@ -323,7 +349,7 @@ def sizeable(name):
     """Inputs large enough that the kernels share them out over threads."""
     if "two dimensions" in name:
         return (randn(140, 3, 17),)
-    if "norm" in name.lower():
+    if name != "qk_norm" and "norm" in name.lower():
         return tuple(randn(400, 17, seed=i) if t.dim() > 1 else t for i, t in enumerate(LAYERS[name].inputs))
     if "glu" in name or name == "gelu":
         return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
@@ -331,6 +357,8 @@ def sizeable(name):
         return randn(3, 40, 170), randn(500, 170, seed=1), randn(500, seed=2)
     if "rotary" in name:
         return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
+    if name == "qk_norm":
+        return randn(2, 50, 60, 16), randn(2, 20, 60, 16, seed=1)
     if name == "attention_bias":
         return randn(2, 4, 200, 16), randn(2, 2, 300, 16, seed=1), randn(2, 4, 200, 300, seed=2)
     return randn(2, 8, 200, 16), randn(2, 2, 300, 16, seed=1), randn(2, 2, 300, 16, seed=2)
@@ -376,7 +404,7 @@ def test_gradient_formula_of_rms_norm_is_the_derivative(weight):
     inputs = (x, x.flip(0)) if weight is None else (x, x.flip(0), weight)
 
     def forward(x, residual, weight=None):
-        return norm_reference.add_rms_norm(x, residual, weight, 1e-3, 1.0)
+        return norm_reference.add_rms_norm(x, residual, weight, 1e-3, 1.0, False)
 
     expected = plain.value_and_gradients(forward, inputs, (grad, grad_hidden))[2:]
     d_hidden, d_weight = norm_reference.rms_norm_backward(grad, x + x.flip(0), weight, grad_hidden, 1e-3, 1.0)

@@ -301,13 +301,26 @@ def test_an_instance_with_its_own_forward_is_left_alone():
     assert "on the instance" in report.left_alone[0].detail
 
 
-def test_interleaved_rotary_is_recognised(serving):
-    config = transformers.CohereConfig(**SIZES, num_key_value_heads=2)
-    model, ids = transformers.CohereForCausalLM(config).eval(), random_ids()
+# Whether neighbours make a pair.
+ROTARIES = {
+    "Cohere": (True, lambda: transformers.CohereConfig(**SIZES, num_key_value_heads=2)),
+    "Glm": (True, lambda: transformers.GlmConfig(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0)),
+    "GPTNeoX": (False, lambda: transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5)),
+    "Phi": (False, lambda: transformers.PhiConfig(**SIZES, partial_rotary_factor=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", ROTARIES)
+def test_other_forms_of_rotary_are_recognised(name, serving):
+    interleaved, config = ROTARIES[name]
+    model, ids = getattr(transformers, f"{name}ForCausalLM")(config()).eval(), random_ids()
     plain, exact = logits_of(model, ids), exactly(model, lambda model: logits_of(model, ids))
     with nearpeak.patched(model) as report:
-        assert any(entry.kind == "rotary" and "interleaved" in entry.detail for entry in report.replaced)
-        judge(logits_of(model, ids), plain, exact)
+        (entry,) = [entry for entry in report.replaced if entry.kind == "rotary"]
+        assert ("interleaved" in entry.detail) == interleaved
+        with Operators() as operators:
+            judge(logits_of(model, ids), plain, exact)
+        assert operators.count("nearpeak::apply_rotary") == (serving != "reference") * SIZES["num_hidden_layers"]
 
 
 def test_importing_nearpeak_leaves_transformers_unimported():

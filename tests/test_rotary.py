@@ -20,6 +20,7 @@ class Case(NamedTuple):
     key_heads: int = 1
     sequence: int = 5
     head_dim: int = 64
+    rotary_dim: int | None = None
     interleaved: bool = False
     table: str = "shared"
     table_dtype: torch.dtype | str = "query's dtype"
@@ -46,6 +47,15 @@ CASES = [
     Case(batch=0),
     Case(batch=0, table="per_batch"),
     Case(first_position=100_000, table_dtype=torch.float32),
+    *(
+        Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=interleaved)
+        for head_dim, rotary_dim in ((3, 2), (7, 4), (64, 16), (80, 32), (96, 64), (128, 30), (256, 254), (34, 34))
+        for interleaved in (False, True)
+    ),
+    *(Case(head_dim=80, rotary_dim=20, table=table, interleaved=True) for table in TABLES[2:]),
+    *(Case(head_dim=80, rotary_dim=32, table=table, table_dtype=torch.float32) for table in TABLES[2:]),
+    *(Case(head_dim=80, rotary_dim=32, heads=heads, key_heads=key_heads) for heads, key_heads in ((4, 0), (0, 2))),
+    *(Case(head_dim=80, rotary_dim=32, sequence=sequence) for sequence in (0, 1, 33)),
 ]
 
 
@@ -55,7 +65,8 @@ def tables(case, dtype):
     if "batch" in case.table:
         rows = case.batch if "per_batch" in case.table else 1
         positions = positions + 7 * torch.arange(rows)[:, None]
-    angles = positions[..., None] * 1e4 ** -(torch.arange(0, case.head_dim, 2) / case.head_dim)
+    width = case.rotary_dim or case.head_dim
+    angles = positions[..., None] * 1e4 ** -(torch.arange(0, width, 2) / width)
     if "full" in case.table:
         repeat = functools.partial(torch.repeat_interleave, repeats=2, dim=-1)
         angles = repeat(angles) if case.interleaved else torch.cat((angles, angles), dim=-1)
@@ -77,7 +88,11 @@ def inputs_of(case, dtype):
 
 def served(case, dtype):
     cos, sin = tables(case, dtype)
-    return lambda query, key: nearpeak.apply_rotary(query, key, cos, sin, interleaved=case.interleaved)
+    return lambda query, key: nearpeak.apply_rotary(query, key, cos, sin, **form_of(case))
+
+
+def form_of(case):
+    return {"interleaved": case.interleaved, "rotary_dim": case.rotary_dim}
 
 
 def standards_of(case, dtype, draws):
@@ -88,7 +103,8 @@ def standards_of(case, dtype, draws):
         return plain.rotary(query, key, cos, sin, case.interleaved)
 
     def exact(query, key):
-        return reference.apply_rotary(query, key, wide_cos, wide_sin, case.interleaved, False)
+        rotary_dim = case.rotary_dim or case.head_dim
+        return reference.apply_rotary(query, key, wide_cos, wide_sin, case.interleaved, False, rotary_dim)
 
     plains = [plain.value_and_gradients(eager, inputs, grads) for inputs, grads in draws]
     doubles = [(plain.doubled(inputs), plain.doubled(grads)) for inputs, grads in draws]
@@ -122,7 +138,7 @@ def test_in_place_and_without_gradients_are_the_same(serving, case):
     expected = plain.value_and_gradients(served(case, torch.float32), (query, key), grads)[:2]
     out_of_place = plain.value_and_gradients(served(case, torch.float32), (query, key))
     cos, sin = tables(case, torch.float32)
-    in_place = nearpeak.apply_rotary(query, key, cos, sin, interleaved=case.interleaved, inplace=True)
+    in_place = nearpeak.apply_rotary(query, key, cos, sin, **form_of(case), inplace=True)
     assert in_place[0] is query
     assert in_place[1] is key
     for results in (out_of_place, in_place):
@@ -164,11 +180,15 @@ def laid_out(layout, query, key):
     return LAYOUTS[layout](query), LAYOUTS[layout](key)
 
 
+ROTARY_DIMS = pytest.mark.parametrize("rotary_dim", [None, 20], ids=["whole", "partial"])
+
+
+@ROTARY_DIMS
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, "packed", "expanded_heads"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts_of_inputs_are_kept(serving, dtype, layout, interleaved):
-    case = Case(head_dim=34, interleaved=interleaved)
+def test_layouts_of_inputs_are_kept(serving, dtype, layout, interleaved, rotary_dim):
+    case = Case(head_dim=34, interleaved=interleaved, rotary_dim=rotary_dim)
     draws = [(laid_out(layout, *inputs), grads) for inputs, grads in draws_of(case, dtype)]
     mine = results(case, dtype, draws)
     assert_as_exact(mine, standards_of(case, dtype, draws))
@@ -176,13 +196,14 @@ def test_layouts_of_inputs_are_kept(serving, dtype, layout, interleaved):
         assert laid_out_like(tensor, like)
 
 
+@ROTARY_DIMS
 @pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_place_writes_only_its_own_elements(serving, dtype, layout):
-    case = Case(head_dim=34)
+def test_in_place_writes_only_its_own_elements(serving, dtype, layout, rotary_dim):
+    case = Case(head_dim=34, rotary_dim=rotary_dim)
     (query, key), _ = inputs_of(case, dtype)
     cos, sin = tables(case, dtype)
-    expected = nearpeak.apply_rotary(query, key, cos, sin)
+    expected = nearpeak.apply_rotary(query, key, cos, sin, rotary_dim=rotary_dim)
     query, key = laid_out(layout, query, key)
     around = torch.full((query.untyped_storage().nbytes() // query.element_size(),), 0.0, dtype=dtype)
     storage = query.as_strided(around.shape, (1,), 0)
@@ -190,7 +211,7 @@ def test_in_place_writes_only_its_own_elements(serving, dtype, layout):
     for view in (query, key) if layout == "packed" else (query,):
         outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
     before = storage.clone()
-    nearpeak.apply_rotary(query, key, cos, sin, inplace=True)
+    nearpeak.apply_rotary(query, key, cos, sin, rotary_dim=rotary_dim, inplace=True)
     assert torch.equal(query, expected[0])
     assert torch.equal(key, expected[1])
     assert torch.equal(storage[outside].nan_to_num(), before[outside].nan_to_num())
@@ -199,7 +220,7 @@ def test_in_place_writes_only_its_own_elements(serving, dtype, layout):
 @pytest.mark.parametrize("layout", [*LAYOUTS, "every_second", "expanded"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
 def test_layouts_of_gradients(serving, interleaved, layout):
-    case = Case(head_dim=34, interleaved=interleaved)
+    case = Case(head_dim=34, interleaved=interleaved, rotary_dim=20)
     layouts = {**LAYOUTS, "every_second": every_second, "expanded": lambda t: t[:1, :1, :1, :1].expand(t.shape)}
     draws = [(inputs, [layouts[layout](grad) for grad in grads]) for inputs, grads in draws_of(case, torch.float32)]
     assert_as_exact(results(case, torch.float32, draws), standards_of(case, torch.float32, draws))
@@ -214,6 +235,18 @@ def test_layouts_of_tables(serving, interleaved):
     for strange in (padded, misaligned, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
         result = nearpeak.apply_rotary(query, key, strange(cos), strange(sin), interleaved=interleaved)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(result, expected, strict=True))
+
+
+def test_what_does_not_turn_passes_through_bit_by_bit(serving):
+    """NaN and infinities too, forward and backward."""
+    case = Case(head_dim=40, rotary_dim=16)
+    (query, key), grads = inputs_of(case, torch.float32)
+    for tensor in (query, key, *grads):
+        tensor[..., 16:19] = torch.tensor([math.nan, math.inf, -math.inf])
+    for mine, given in zip(
+        plain.value_and_gradients(served(case, torch.float32), (query, key), grads), (query, key, *grads), strict=True
+    ):
+        assert torch.equal(mine[..., 16:].view(torch.int32), given[..., 16:].view(torch.int32))
 
 
 def test_a_gradient_of_one_result_alone(serving):
@@ -294,6 +327,14 @@ BAD = {
     "sin_dtype": (TypeError, "sin must", rotary(Q.half(), K.half(), sin=COS.half())),
     "sin_shape": (ValueError, "sin must", rotary(sin=torch.ones(2, 5, 4))),
     "sin_meta": (ValueError, "sin must", rotary(sin=COS.to("meta"))),
+    "rotary_dim_odd": (ValueError, "rotary_dim must be even", rotary(rotary_dim=3)),
+    "rotary_dim_zero": (ValueError, "rotary_dim must be even", rotary(rotary_dim=0)),
+    "rotary_dim_negative": (ValueError, "rotary_dim must be even", rotary(rotary_dim=-4)),
+    "rotary_dim_wide": (ValueError, "rotary_dim must be even", rotary(rotary_dim=10)),
+    "rotary_dim_float": (TypeError, "rotary_dim must be an int", rotary(rotary_dim=4.0)),
+    "rotary_dim_bool": (TypeError, "rotary_dim must be an int", rotary(rotary_dim=True)),
+    "rotary_dim_table": (ValueError, "rotary_dim / 2 = 3", rotary(rotary_dim=6)),
+    "query_0d": (ValueError, "query must", rotary(torch.tensor(1.0))),
     "inplace_gradient": (ValueError, "inplace cannot", rotary(LEAF, inplace=True)),
     "inplace_expanded": (ValueError, "query must", rotary(Q[:, :1].expand(2, 4, 5, 8), inplace=True)),
     "inplace_same": (ValueError, "key must", rotary(K, K, inplace=True)),
@@ -309,13 +350,14 @@ def test_bad_input_is_named(serving, bad):
 
 @st.composite
 def cases(draw):
-    heads = draw(st.integers(1, 4))
+    heads, head_dim = draw(st.integers(1, 4)), 2 * draw(st.integers(1, 70))
     return Case(
         batch=draw(st.integers(1, 3)),
         heads=heads,
         key_heads=draw(st.integers(1, heads)),
         sequence=draw(st.integers(0, 20)),
-        head_dim=2 * draw(st.integers(1, 70)),
+        head_dim=head_dim,
+        rotary_dim=draw(st.sampled_from([None, *range(2, head_dim + 1, 2)])),
         interleaved=draw(st.booleans()),
         table=draw(st.sampled_from(TABLES)),
         table_dtype=draw(st.sampled_from(["query's dtype", torch.float32])),
@@ -342,8 +384,8 @@ def test_rotation_keeps_lengths_and_the_inverse_restores(serving, examples):
         cos, sin = tables(case, torch.float32)
 
         def mine(query, key):
-            there = nearpeak.apply_rotary(query, key, cos, sin, interleaved=case.interleaved)
-            return *lengths(there), *nearpeak.apply_rotary(*there, cos, -sin, interleaved=case.interleaved)
+            there = nearpeak.apply_rotary(query, key, cos, sin, **form_of(case))
+            return *lengths(there), *nearpeak.apply_rotary(*there, cos, -sin, **form_of(case))
 
         def eager(query, key):
             there = plain.rotary(query, key, half_cos, half_sin, case.interleaved)

@@ -14,6 +14,7 @@ from nearpeak_bench.inspect.ours import (
     every_case,
     feedforward_case,
     norm_case,
+    qk_norm_case,
     rotary_case,
 )
 from nearpeak_bench.inspect.targets import TARGETS
@@ -73,9 +74,12 @@ CHOSEN = [
     *((norm_case(4096, BFLOAT, direction, "layer_norm"), "sm_90") for direction in ("forward", "add")),
     *((norm_case(65536, SINGLE, direction, "layer_norm"), "sm_120") for direction in ("add", "backward")),
     (norm_case(65536, SINGLE, "add"), "sm_90"),
+    *((qk_norm_case(128, BFLOAT, direction), "sm_90") for direction in ("forward", "backward")),
+    (qk_norm_case(256, SINGLE, "backward"), "sm_120"),
     (norm_case(65536, BFLOAT, "backward"), "sm_80"),
     *((rotary_case(128, BFLOAT, interleaved), "sm_90") for interleaved in (False, True)),
     (rotary_case(128, BFLOAT, False), "gfx942"),
+    *((rotary_case(128, BFLOAT, interleaved, rotary_dim=64), "sm_90") for interleaved in (False, True)),
     *((feedforward_case(14336, BFLOAT, "silu", direction), "sm_90") for direction in ("forward", "backward")),
     (feedforward_case(2048, SINGLE, "gelu", "backward"), "gfx942"),
     *((attention_case(128, BFLOAT), target) for target in TARGETS),

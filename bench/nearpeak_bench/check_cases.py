@@ -33,7 +33,9 @@ SHAPES = {
          "layer_norm_out", "add_layer_norm", "post_layer_norm", "swiglu", "swiglu_packed", "geglu", "geglu_tanh",
          "reglu", "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "relu_squared"), ROWS),
     **dict.fromkeys(("apply_rotary", "apply_rotary_inplace"), TURNED),
+    "qk_norm": [{**HEADS, "sequence": 7}],
     "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
+    "apply_rotary_partial": [{**HEADS, "sequence": 7}],
     "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
     "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
     + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}, {**WIDE, "queries": 9, "keys": 19, "mask": "causal"}],
@@ -187,7 +189,7 @@ rms_norm_gemma = Operator(
     name="rms_norm_gemma",
     shape="{rows}x{width}",
     inputs=lambda random, rows, width: {"x": random(rows, width), "weight": random(width)},
-    reference=lambda x, weight: norm_reference.rms_norm(x, weight, EPS, 1.0),
+    reference=lambda x, weight: norm_reference.rms_norm(x, weight, EPS, 1.0, False),
     plain=_gemma_plain,
     work={},
     kernels={"forward": "rms_norm_inference", "backward": "rms_norm_backward"},
@@ -196,22 +198,60 @@ rms_norm_gemma = Operator(
 rms_norm_gemma.implementation("nearpeak")(lambda x, weight: lambda: nearpeak.rms_norm(x, weight, EPS, offset=1.0))
 
 
-def _turned(random, heads, key_heads, sequence, head_dim):
-    angles = torch.outer(1000.0 + torch.arange(sequence), 1e4 ** -(torch.arange(0, head_dim, 2) / head_dim))
+qk_norm = Operator(
+    name="qk_norm",
+    shape="{heads}:{key_heads}x{sequence}x{head_dim}",
+    inputs=lambda random, heads, key_heads, sequence, head_dim: {
+        "query": random(2, sequence, heads, head_dim),
+        "key": random(2, sequence, key_heads, head_dim),
+        "query_weight": random(head_dim),
+        "key_weight": random(head_dim),
+    },
+    reference=lambda query, key, query_weight, key_weight: norm_reference.qk_norm(
+        query, key, query_weight, key_weight, EPS, 0.0, False
+    ),
+    plain=lambda query, key, query_weight, key_weight: (
+        F.rms_norm(query, query.shape[3:], query_weight, EPS),
+        F.rms_norm(key, key.shape[3:], key_weight, EPS),
+    ),
+    work={},
+    kernels={"forward": "qk_norm_inference", "backward": "qk_norm_backward"},
+    differentiable=("query", "key", "query_weight", "key_weight"),
+)
+qk_norm.implementation("nearpeak")(lambda **inputs: lambda: nearpeak.qk_norm(**inputs))
+
+
+def _turned(random, heads, key_heads, sequence, head_dim, rotary_dim):
+    angles = torch.outer(1000.0 + torch.arange(sequence), 1e4 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim))
     query, key = random(1, heads, sequence, head_dim), random(1, key_heads, sequence, head_dim)
     return {"query": query, "key": key, "cos": angles.cos().to(query), "sin": angles.sin().to(query)}
 
 
-apply_rotary_interleaved = Operator(
-    name="apply_rotary_interleaved",
-    shape="{heads}:{key_heads}x{sequence}x{head_dim}",
-    inputs=_turned,
-    reference=lambda query, key, cos, sin: rotary_reference.apply_rotary(query, key, cos, sin, True, False),
-    plain=lambda query, key, cos, sin: plain.rotary(query, key, cos, sin, True),
-    work={},
-    kernels={"forward": "apply_rotary_inference", "backward": "apply_rotary"},
-    differentiable=("query", "key"),
-)
-apply_rotary_interleaved.implementation("nearpeak")(
-    lambda query, key, cos, sin: lambda: nearpeak.apply_rotary(query, key, cos, sin, interleaved=True)
-)
+def _rotary(name, rotary_dim_of, interleaved):
+    """rotary_dim_of: how many of head_dim elements turn."""
+
+    def inputs(random, head_dim, **shape):
+        return _turned(random, head_dim=head_dim, rotary_dim=rotary_dim_of(head_dim), **shape)
+
+    operator = Operator(
+        name=name,
+        shape="{heads}:{key_heads}x{sequence}x{head_dim}",
+        inputs=inputs,
+        reference=lambda query, key, cos, sin: rotary_reference.apply_rotary(
+            query, key, cos, sin, interleaved, False, 2 * cos.shape[-1]
+        ),
+        plain=lambda query, key, cos, sin: plain.rotary(query, key, cos, sin, interleaved),
+        work={},
+        kernels={"forward": "apply_rotary_inference", "backward": "apply_rotary"},
+        differentiable=("query", "key"),
+    )
+    operator.implementation("nearpeak")(
+        lambda query, key, cos, sin: (
+            lambda: nearpeak.apply_rotary(query, key, cos, sin, interleaved=interleaved, rotary_dim=2 * cos.shape[-1])
+        )
+    )
+    return operator
+
+
+apply_rotary_interleaved = _rotary("apply_rotary_interleaved", lambda head_dim: head_dim, True)
+apply_rotary_partial = _rotary("apply_rotary_partial", lambda head_dim: head_dim // 4 * 2, False)

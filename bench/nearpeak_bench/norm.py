@@ -39,7 +39,7 @@ rms_norm = Operator(
     name="rms_norm",
     shape="{rows}x{width}",
     inputs=lambda random, rows, width: {"x": random(rows, width), "weight": random(width)},
-    reference=lambda x, weight: reference.rms_norm(x, weight, EPS, 0.0),
+    reference=lambda x, weight: reference.rms_norm(x, weight, EPS, 0.0, False),
     plain=plain,
     work={
         "forward": lambda rows, width: Work(4 * rows * width, (rows + 1) * width, rows * width),
@@ -109,7 +109,7 @@ add_rms_norm = Operator(
         "residual": random(rows, width),
         "weight": random(width),
     },
-    reference=lambda x, residual, weight: reference.add_rms_norm(x, residual, weight, EPS, 0.0),
+    reference=lambda x, residual, weight: reference.add_rms_norm(x, residual, weight, EPS, 0.0, False),
     plain=plain_add,
     work={
         "forward": lambda rows, width: Work(5 * rows * width, (2 * rows + 1) * width, 2 * rows * width),

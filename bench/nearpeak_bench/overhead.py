@@ -55,14 +55,14 @@ OPERATORS = [
         "rms_norm_inference",
         lambda random: _rows(random, "x"),
         lambda x, weight: nearpeak.rms_norm(x, weight, EPS),
-        lambda x, weight: norm.reference.rms_norm(x, weight, EPS, 0.0),
+        lambda x, weight: norm.reference.rms_norm(x, weight, EPS, 0.0, False),
     ),
     _operator(
         "overhead_add_rms_norm",
         "add_rms_norm_inference",
         lambda random: _rows(random, "x", "residual"),
         lambda x, residual, weight: nearpeak.rms_norm(x, weight, EPS, residual=residual),
-        lambda x, residual, weight: norm.reference.add_rms_norm(x, residual, weight, EPS, 0.0),
+        lambda x, residual, weight: norm.reference.add_rms_norm(x, residual, weight, EPS, 0.0, False),
     ),
     _operator(
         "overhead_layer_norm",
@@ -76,7 +76,9 @@ OPERATORS = [
         "apply_rotary_inference",
         lambda random: _heads(random, "query", "key") | _tables(random),
         lambda query, key, cos, sin: nearpeak.apply_rotary(query, key, cos, sin),
-        lambda query, key, cos, sin: rotary.reference.apply_rotary(query, key, cos[None], sin[None], False, False),
+        lambda query, key, cos, sin: rotary.reference.apply_rotary(
+            query, key, cos[None], sin[None], False, False, ELEMENTS
+        ),
     ),
     _operator(
         "overhead_linear",

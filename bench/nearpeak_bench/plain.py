@@ -8,11 +8,15 @@ import torch.nn.functional as F
 
 
 def rotary(query, key, cos, sin, interleaved):
-    """Hugging Face's formula, x * cos + rotate_half(x) * sin, with tables of full width in the wider dtype."""
+    """Hugging Face's formula, x * cos + rotate_half(x) * sin, with tables of full width in the wider dtype.
+
+    Narrower tables turn as many of the first elements of a head, as in GPT-NeoX and Phi.
+    """
     return _rotate(query, cos, sin, interleaved), _rotate(key, cos, sin, interleaved)
 
 
 def _rotate(x, cos, sin, interleaved):
+    x, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
     if interleaved:
         cos, sin = (table.repeat_interleave(2, dim=-1).unsqueeze(-3) for table in (cos, sin))
         turned = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
@@ -20,7 +24,7 @@ def _rotate(x, cos, sin, interleaved):
         cos, sin = (torch.cat((table, table), dim=-1).unsqueeze(-3) for table in (cos, sin))
         a, b = x.chunk(2, dim=-1)
         turned = torch.cat((-b, a), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    return torch.cat(((x * cos + turned * sin).to(x.dtype), rest), dim=-1)
 
 
 def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None, factors=None):

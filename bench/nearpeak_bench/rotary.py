@@ -37,7 +37,7 @@ def _inputs(random, heads, key_heads, sequence, head_dim, layout):
 
 def _reference(query, key, cos, sin):
     half = cos.shape[-1] // 2
-    return reference.apply_rotary(query, key, cos[..., :half], sin[..., :half], False, False)
+    return reference.apply_rotary(query, key, cos[..., :half], sin[..., :half], False, False, 2 * half)
 
 
 def _plain(query, key, cos, sin):

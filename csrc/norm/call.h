@@ -13,13 +13,14 @@ namespace nearpeak::norm {
 struct Formula {
     float eps, offset;
     bool centred;
+    bool cast_first;  // forward, the normalised value is rounded to the input's type before the weight
 };
 
-inline Formula rms_norm_formula(double eps, double offset) {
-    return {static_cast<float>(eps), static_cast<float>(offset), false};
+inline Formula rms_norm_formula(double eps, double offset, bool cast_first) {
+    return {static_cast<float>(eps), static_cast<float>(offset), false, cast_first};
 }
 
-inline Formula layer_norm_formula(double eps) { return {static_cast<float>(eps), 0.0f, true}; }
+inline Formula layer_norm_formula(double eps) { return {static_cast<float>(eps), 0.0f, true, false}; }
 
 struct ForwardCall : Formula {
     const void* x;

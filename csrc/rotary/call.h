@@ -18,10 +18,12 @@ struct Heads {
 
 struct Call {
     Heads query, key;
-    const void* cos;  // (batch or 1, sequence, head_dim / 2 or more), dense in the last dimension
+    const void* cos;  // (batch or 1, sequence, rotary_dim / 2 or more), dense in the last dimension
     const void* sin;
     int64_t cos_batch, cos_position, sin_batch, sin_position;  // strides in elements; 0 where batches share a table
-    int64_t batch, sequence, head_dim;
+    int64_t batch, sequence;
+    int64_t rotary_dim;  // how many elements of each head turn, its first
+    int64_t rest;        // how many after them are copied: none where every `to` is its `from`
     bool interleaved, inverse;
     Dtype dtype, table_dtype;
 };

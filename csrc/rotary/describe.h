@@ -23,7 +23,7 @@ inline Heads heads_of(const Tensor& from, const Tensor& to) {
 inline int64_t batch_stride(const Tensor& table) { return table.dim() == 3 && table.size(0) > 1 ? table.stride(0) : 0; }
 
 inline Call describe(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved,
-                     bool inverse, const Tensor& query_out, const Tensor& key_out) {
+                     bool inverse, int64_t rotary_dim, const Tensor& query_out, const Tensor& key_out) {
     Call call{};
     call.query = heads_of(query, query_out);
     call.key = heads_of(key, key_out);
@@ -35,7 +35,8 @@ inline Call describe(const Tensor& query, const Tensor& key, const Tensor& cos, 
     call.sin_position = sin.stride(sin.dim() - 2);
     call.batch = query.size(0);
     call.sequence = query.size(2);
-    call.head_dim = query.size(3);
+    call.rotary_dim = rotary_dim;
+    call.rest = call.query.to == call.query.from && call.key.to == call.key.from ? 0 : query.size(3) - rotary_dim;
     call.interleaved = interleaved;
     call.inverse = inverse;
     call.dtype = dtype_of(query);

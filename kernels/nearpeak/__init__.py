@@ -6,9 +6,9 @@ from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
 from .linear import linear
-from .norm import layer_norm, rms_norm
+from .norm import layer_norm, qk_norm, rms_norm
 from .patching import PatchReport, patch, patched, unpatch
-from .rotary import apply_rotary
+from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
@@ -26,8 +26,11 @@ __all__ = [
     "nn",
     "patch",
     "patched",
+    "qk_norm",
     "reglu",
     "rms_norm",
+    "rotary_frequencies",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "swiglu",
     "unpatch",

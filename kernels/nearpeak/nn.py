@@ -1,7 +1,24 @@
-"""Modules of all families, as drop-in replacements for PyTorch's layers of the same names."""
+"""Modules of all families, as drop-in replacements for PyTorch's layers of the same names; and positions."""
 
 from .attention.layers import MultiheadAttention
 from .linear import Linear
 from .norm import LayerNorm, RMSNorm
+from .positions import (
+    LearnedPositions,
+    RelativePositionBias,
+    SinusoidalPositions,
+    alibi_slopes,
+    relative_position_bucket,
+)
 
-__all__ = ["LayerNorm", "Linear", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "LayerNorm",
+    "LearnedPositions",
+    "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RelativePositionBias",
+    "SinusoidalPositions",
+    "alibi_slopes",
+    "relative_position_bucket",
+]

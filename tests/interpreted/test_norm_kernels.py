@@ -16,6 +16,7 @@ CASES = [
     *(Case(rows=rows, residual=True, offset=1.0) for rows in ((), (0,), (1,), (2, 0, 3), (2, 3, 5))),
     *(Case(rows=(17,), weight=weight, residual=weight is None) for weight in (None, torch.float32)),
     *(Case(rows=(40,), width=width) for width in (33, 64)),
+    *(Case(rows=(17,), width=33, cast_first=True, residual=residual) for residual in (False, True)),
     *(Case(rows=(17,), magnitude=magnitude, residual=True) for magnitude in (1e-3, 1e3)),
 ]
 
@@ -42,6 +43,14 @@ def test_a_row_too_wide_for_registers():
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_where_plain_stays_finite_so_does_nearpeak(blocks, dtype, extreme):
     norm.test_where_plain_stays_finite_so_does_nearpeak(None, dtype, extreme, eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_cast_first_gives_llamas_very_numbers(monkeypatch, dtype):
+    """Narrower than what `blocks` calls wide."""
+    norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
+    monkeypatch.setattr(triton_tiles, "WHOLE_ROW_FORWARD", 2)
+    norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
 
 
 @pytest.mark.parametrize("layout", norm.LAYOUTS)

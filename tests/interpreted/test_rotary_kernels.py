@@ -17,6 +17,11 @@ CASES = [
     *(Case(heads=heads, key_heads=keys, head_dim=6) for heads, keys in ((1, 1), (17, 8), (4, 0), (0, 2), (0, 0))),
     *(Case(batch=0, table=table) for table in ("shared", "per_batch")),
     Case(batch=1, heads=1, sequence=3, head_dim=256),
+    *(
+        Case(head_dim=head_dim, rotary_dim=rotary_dim, interleaved=half)
+        for head_dim, rotary_dim in ((7, 4), (80, 20), (80, 32))
+        for half in (False, True)
+    ),
 ]
 
 
@@ -41,7 +46,9 @@ def test_in_place_and_without_gradients_are_the_same(case):
 def test_a_head_dim_of_several_column_tiles(monkeypatch, interleaved):
     monkeypatch.setattr(triton_rotary, "PAIRS", 32)
     case = Case(head_dim=66, sequence=2, batch=1, interleaved=interleaved)
-    judge(case, torch.float32, [rotary.inputs_of(case, torch.float32)])
+    for rotary_dim in (None, 34):
+        case = case._replace(rotary_dim=rotary_dim)
+        judge(case, torch.float32, [rotary.inputs_of(case, torch.float32)])
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
@@ -56,7 +63,12 @@ def test_layouts_of_inputs_are_kept(layout, interleaved):
 
 @pytest.mark.parametrize("layout", [*rotary.LAYOUTS, "packed"])
 def test_in_place_writes_only_its_own_elements(layout):
-    rotary.test_in_place_writes_only_its_own_elements(None, torch.float16, layout)
+    for rotary_dim in (None, 20):
+        rotary.test_in_place_writes_only_its_own_elements(None, torch.float16, layout, rotary_dim)
+
+
+def test_what_does_not_turn_passes_through_bit_by_bit():
+    rotary.test_what_does_not_turn_passes_through_bit_by_bit(None)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])

@@ -7,7 +7,7 @@ from nearpeak import triton_launch
 from nearpeak.attention import triton_attention
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
-from nearpeak.norm import triton_norm
+from nearpeak.norm import triton_norm, triton_qk_norm
 from nearpeak.rotary import triton_rotary
 
 from .compiling import Case
@@ -26,8 +26,8 @@ def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_
     x, weight = _empty(rows, width, dtype=dtype), _empty(width, dtype=dtype)
     launch = {
         "rms_norm": {
-            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0),
-            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0),
+            "forward": lambda: triton_norm.rms_norm(x, weight, 1e-6, 0.0, False),
+            "add": lambda: triton_norm.add_rms_norm(x, x, weight, 1e-6, 1.0, False),
             "backward": lambda: triton_norm.rms_norm_backward(x, x, weight, x, 1e-6, 1.0),
         },
         "layer_norm": {
@@ -40,15 +40,31 @@ def norm_case(width: int, dtype: torch.dtype, direction: str, layer: str = "rms_
     return Case(f"{layer} {direction} {width} {_name(dtype)}", launch, wide=wide)
 
 
-def rotary_case(head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048) -> Case:
+def qk_norm_case(head_dim: int, dtype: torch.dtype, direction: str, length: int = 2048) -> Case:
+    """direction: "forward" or "backward"; heads lie as slices of a packed projection."""
+    packed, weight = _empty(1, length, 48, head_dim, dtype=dtype), _empty(head_dim, dtype=dtype)
+    query, key = packed[:, :, :32], packed[:, :, 32:40]
+    launch = {
+        "forward": lambda: triton_qk_norm.qk_norm(query, key, weight, weight, 1e-6, 0.0, False),
+        "backward": lambda: triton_qk_norm.qk_norm_backward(query, key, query, key, weight, weight, 1e-6, 0.0),
+    }[direction]
+    wide = head_dim * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    return Case(f"qk_norm {direction} {head_dim} {_name(dtype)}", launch, wide=wide)
+
+
+def rotary_case(
+    head_dim: int, dtype: torch.dtype, interleaved: bool, length: int = 2048, rotary_dim: int | None = None
+) -> Case:
+    turned = rotary_dim or head_dim
     query, key = _empty(1, 32, length, head_dim, dtype=dtype), _empty(1, 8, length, head_dim, dtype=dtype)
-    table = _empty(1, length, head_dim // 2, dtype=torch.float32)
+    table = _empty(1, length, turned // 2, dtype=torch.float32)
     pairs = "interleaved" if interleaved else "halves"
+    widths = head_dim if turned == head_dim else f"{turned} of {head_dim}"
     # The pairs of one position alone are fewer than 16 bytes for each thread of a warp.
-    wide = length > 1 and head_dim // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
+    wide = length > 1 and turned // 2 * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(
-        f"rotary {pairs} {head_dim} {_name(dtype)} {length} positions",
-        lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False),
+        f"rotary {pairs} {widths} {_name(dtype)} {length} positions",
+        lambda: triton_rotary.apply_rotary(query, key, table, table, interleaved, False, turned),
         wide=wide,
     )
 
@@ -118,6 +134,12 @@ def every_case() -> list[Case]:
         for head_dim in (64, 128, 256)
         for length in (2048, 1)
     ]
+    norms += [
+        qk_norm_case(head_dim, dtype, direction)
+        for direction in ("forward", "backward")
+        for dtype in (bfloat, single)
+        for head_dim in (64, 128, 256)
+    ]
     options = {"window": ((None, None), (None, 0), (512, 0)), "softcap": (None, 50.0)}
     attentions = [
         attention_case(head_dim, dtype, length, window, softcap)
@@ -141,6 +163,7 @@ def every_case() -> list[Case]:
     ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
+    odd += [rotary_case(80, bfloat, interleaved, rotary_dim=32) for interleaved in (False, True)]
     odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
     odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
     odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
@@ -162,7 +185,7 @@ def common_cases() -> list[Case]:
 
 
 FAMILIES = {
-    "norm": ("rms_norm", "layer_norm"),
+    "norm": ("rms_norm", "layer_norm", "qk_norm"),
     "rotary": ("rotary",),
     "feedforward": ("feedforward",),
     "attention": ("attention",),

@@ -145,12 +145,16 @@ template <class T, class W, bool kCentred, bool kPastCache, bool kResidual>
 void forward_row(const Forward& p, Inputs<T> row, Inputs<T> next, T* y, T* hidden, T* sum_row) {
     const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
     const auto normalise = normaliser_of_row<T, kCentred, kResidual>(row, sum_row, p.width, p.eps);
+    const bool cast_first = !kCentred && p.cast_first;
     const T* from = kResidual ? sum_row : row.x;
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
         fetch(next.x + column, lanes);
         if constexpr (kResidual) fetch(next.residual + column, lanes);
         auto n = normalise(load(from + column, lanes));
-        if (weight) n = n * load_weight<kCentred>(weight + column, p.offset, lanes);
+        if (weight) {
+            if (cast_first) n = rounded_to<T>(n);
+            n = n * load_weight<kCentred>(weight + column, p.offset, lanes);
+        }
         if constexpr (kCentred) {
             if (bias) n = n + load(bias + column, lanes);
         }

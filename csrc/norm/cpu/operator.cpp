@@ -54,27 +54,27 @@ void run_forward(const Tensor& x, const Optional& residual, const Optional& weig
     });
 }
 
-Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset) {
+Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset, bool cast_first) {
     require(has_width(x) && is_parameter_of(weight, x), "rms_norm");
     Tensor y = empty_laid_out_like(x);
-    run_forward(x, std::nullopt, weight, std::nullopt, rms_norm_formula(eps, offset), y, nullptr, false);
+    run_forward(x, std::nullopt, weight, std::nullopt, rms_norm_formula(eps, offset, cast_first), y, nullptr, false);
     return y;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight, double eps,
-                                        double offset) {
+                                        double offset, bool cast_first) {
     require(has_width(x) && is_like(residual, x) && is_parameter_of(weight, x), "add_rms_norm");
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
-    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset), y, &hidden, false);
+    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset, cast_first), y, &hidden, false);
     return {y, hidden};
 }
 
 void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual, double eps, double offset,
-                  Tensor out, Optional residual_out) {
+                  bool cast_first, Tensor out, Optional residual_out) {
     require(has_width(x) && is_like(residual, x) && is_parameter_of(weight, x) && is_out_like(out, x) &&
                 is_out_like(residual_out, x) && residual.has_value() == residual_out.has_value(),
             "rms_norm_out");
-    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset), out,
+    run_forward(x, residual, weight, std::nullopt, rms_norm_formula(eps, offset, cast_first), out,
                 residual_out ? &*residual_out : nullptr, true);
 }
 
@@ -158,10 +158,31 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& h
         has_width(hidden) && is_like(grad, hidden) && is_parameter_of(weight, hidden) && is_like(grad_hidden, hidden),
         "rms_norm_backward");
     Tensor d_hidden = empty_laid_out_like(hidden), d_weight = gradient_of(weight, hidden);
-    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden, rms_norm_formula(eps, offset),
-                                      d_hidden);
+    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden,
+                                      rms_norm_formula(eps, offset, false), d_hidden);
     run_backward(described.call, weight ? &d_weight : nullptr, nullptr);
     return {d_hidden, d_weight};
+}
+
+bool are_heads(const Tensor& query, const Tensor& key, const Optional& query_weight, const Optional& key_weight) {
+    return query.dim() == 4 && key.dim() == 4 && has_width(query) && same_kind(key, query) &&
+           key.size(3) == query.size(3) && is_parameter_of(query_weight, query) && is_parameter_of(key_weight, key);
+}
+
+std::tuple<Tensor, Tensor> qk_norm(const Tensor& query, const Tensor& key, const Optional& query_weight,
+                                   const Optional& key_weight, double eps, double offset, bool cast_first) {
+    require(are_heads(query, key, query_weight, key_weight), "qk_norm");
+    return {rms_norm(query, query_weight, eps, offset, cast_first), rms_norm(key, key_weight, eps, offset, cast_first)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_backward(const Tensor& grad_query, const Tensor& grad_key,
+                                                            const Tensor& query, const Tensor& key,
+                                                            const Optional& query_weight, const Optional& key_weight,
+                                                            double eps, double offset) {
+    require(are_heads(query, key, query_weight, key_weight), "qk_norm_backward");
+    auto [d_query, d_query_weight] = rms_norm_backward(grad_query, query, query_weight, std::nullopt, eps, offset);
+    auto [d_key, d_key_weight] = rms_norm_backward(grad_key, key, key_weight, std::nullopt, eps, offset);
+    return {d_query, d_key, d_query_weight, d_key_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,
@@ -185,6 +206,9 @@ STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("add_rms_norm_inference", TORCH_BOX(&add_rms_norm));
     library.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
     library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+    library.impl("qk_norm", TORCH_BOX(&qk_norm));
+    library.impl("qk_norm_inference", TORCH_BOX(&qk_norm));
+    library.impl("qk_norm_backward", TORCH_BOX(&qk_norm_backward));
     library.impl("layer_norm", TORCH_BOX(&layer_norm));
     library.impl("layer_norm_inference", TORCH_BOX(&layer_norm));
     library.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));

@@ -52,7 +52,12 @@ template <class T, class W, int V>
 __device__ void store_normalised(const Forward& p, int64_t row, int64_t index, const Pack<T, V>& hidden, float r) {
     float weight[V], y[V];
     load_weight<W>(p.weight, index, p.offset, weight);
-    for (int v = 0; v < V; ++v) y[v] = hidden.at(v) * r * weight[v];
+    for (int v = 0; v < V; ++v) y[v] = hidden.at(v) * r;
+    if (p.cast_first) {
+        const auto rounded = Pack<T, V>::rounded(y);
+        for (int v = 0; v < V; ++v) y[v] = rounded.at(v);
+    }
+    for (int v = 0; v < V; ++v) y[v] *= weight[v];
     store(static_cast<T*>(p.y) + row * p.width, index, Pack<T, V>::rounded(y));
 }
 

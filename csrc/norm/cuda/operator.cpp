@@ -19,22 +19,23 @@ void run_forward(const Tensor& x, const Optional& residual, const Optional& weig
     forward(DescribedForward(x, residual, weight, std::nullopt, formula, y, hidden).call, device.stream());
 }
 
-Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset) {
+Tensor rms_norm(const Tensor& x, const Optional& weight, double eps, double offset, bool cast_first) {
     Tensor y = empty_laid_out_like(x);
-    run_forward(x, std::nullopt, weight, rms_norm_formula(eps, offset), y, nullptr);
+    run_forward(x, std::nullopt, weight, rms_norm_formula(eps, offset, cast_first), y, nullptr);
     return y;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Optional& weight, double eps,
-                                        double offset) {
+                                        double offset, bool cast_first) {
     Tensor y = empty_laid_out_like(x), hidden = empty_laid_out_like(x);
-    run_forward(x, residual, weight, rms_norm_formula(eps, offset), y, &hidden);
+    run_forward(x, residual, weight, rms_norm_formula(eps, offset, cast_first), y, &hidden);
     return {y, hidden};
 }
 
 void rms_norm_out(const Tensor& x, const Optional& weight, const Optional& residual, double eps, double offset,
-                  Tensor out, Optional residual_out) {
-    run_forward(x, residual, weight, rms_norm_formula(eps, offset), out, residual_out ? &*residual_out : nullptr);
+                  bool cast_first, Tensor out, Optional residual_out) {
+    run_forward(x, residual, weight, rms_norm_formula(eps, offset, cast_first), out,
+                residual_out ? &*residual_out : nullptr);
 }
 
 Tensor empty_floats_beside(const Tensor& like, std::initializer_list<int64_t> sizes) {
@@ -64,8 +65,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& h
     Tensor d_weight = weight ? empty_laid_out_like(*weight) : empty_like_dtype(hidden, {0});
     if (hidden.numel() == 0) return {d_hidden, torch::stable::zero_(d_weight)};
     const OnDeviceOf device(hidden);
-    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden, rms_norm_formula(eps, offset),
-                                      d_hidden);
+    const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden,
+                                      rms_norm_formula(eps, offset, false), d_hidden);
     Backward p{described.call, nullptr, nullptr};
     run_backward(p, hidden, weight ? &d_weight : nullptr, device.stream());
     return {d_hidden, d_weight};

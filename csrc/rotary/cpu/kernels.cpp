@@ -1,4 +1,4 @@
-// a' = a cos - b sin,  b' = b cos + a sin,  for the pairs (a, b) of each head's elements
+// a' = a cos - b sin,  b' = b cos + a sin,  for the pairs (a, b) of each head's first rotary_dim elements
 //
 // One pass over memory. A task's rows of cos and sin are widened once, into the first-level cache, in the order and
 // with the signs in which every head then multiplies by them: that takes a quarter of the instructions out of the
@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 
+#include <cstring>
 #include <type_traits>
 
 #include "../../cpu/vector.h"
@@ -67,16 +68,16 @@ void turn_pairs(const T* from, T* to, const float* cos, const float* sin, int64_
 }
 
 // Rows of the tables in floats, whole vectors.
-int64_t row_floats(int64_t head_dim) { return (head_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
+int64_t row_floats(int64_t rotary_dim) { return (rotary_dim + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
-int64_t scratch(const Call& p, int64_t positions) { return 2 * positions * row_floats(p.head_dim); }
+int64_t scratch(const Call& p, int64_t positions) { return 2 * positions * row_floats(p.rotary_dim); }
 
 struct Tables {
     float *cos, *sin;
 };
 
 Tables tables_at(const Call& p, float* scratch, int64_t position) {
-    const int64_t row = row_floats(p.head_dim);
+    const int64_t row = row_floats(p.rotary_dim);
     return {scratch + 2 * position * row, scratch + (2 * position + 1) * row};
 }
 
@@ -88,9 +89,9 @@ void prepare_tables(const Call& p, int64_t batch, int64_t begin, int64_t end, fl
         const C* sin = static_cast<const C*>(p.sin) + batch * p.sin_batch + position * p.sin_position;
         const Tables to = tables_at(p, scratch, position - begin);
         if (p.interleaved) {
-            prepare_pairs(cos, sin, sign, p.head_dim / 2, to.cos, to.sin);
+            prepare_pairs(cos, sin, sign, p.rotary_dim / 2, to.cos, to.sin);
         } else {
-            prepare_halves<T>(cos, sin, sign, p.head_dim / 2, to.cos, to.sin);
+            prepare_halves<T>(cos, sin, sign, p.rotary_dim / 2, to.cos, to.sin);
         }
     }
 }
@@ -101,9 +102,11 @@ void turn_heads(const Call& p, const Heads& x, int64_t batch, int64_t begin, int
     const auto turn = p.interleaved ? turn_pairs<T> : turn_halves<T>;
     const auto one = [&](int64_t head, int64_t position) {
         const Tables tables = tables_at(p, scratch, position - begin);
-        turn(static_cast<const T*>(x.from) + batch * x.from_batch + head * x.from_head + position * x.from_position,
-             static_cast<T*>(x.to) + batch * x.to_batch + head * x.to_head + position * x.to_position, tables.cos,
-             tables.sin, p.head_dim / 2);
+        const T* from =
+            static_cast<const T*>(x.from) + batch * x.from_batch + head * x.from_head + position * x.from_position;
+        T* to = static_cast<T*>(x.to) + batch * x.to_batch + head * x.to_head + position * x.to_position;
+        turn(from, to, tables.cos, tables.sin, p.rotary_dim / 2);
+        if (p.rest) std::memcpy(to + p.rotary_dim, from + p.rotary_dim, p.rest * sizeof(T));
     };
     if (x.from_head < x.from_position) {
         for (int64_t position = begin; position < end; ++position) {

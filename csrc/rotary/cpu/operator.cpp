@@ -19,21 +19,26 @@ constexpr int64_t kPositions = 16, kElementsPerTask = 16384;
 bool are_heads(const Tensor& query, const Tensor& key) {
     if (query.dim() != 4 || key.dim() != 4 || !query.is_cpu() || !same_kind(key, query)) return false;
     const auto sizes = query.sizes(), key_sizes = key.sizes();
-    return key_sizes[0] == sizes[0] && key_sizes[2] == sizes[2] && key_sizes[3] == sizes[3] && sizes[3] > 0 &&
-           sizes[3] % 2 == 0 && dense_last(query) && dense_last(key);
+    return key_sizes[0] == sizes[0] && key_sizes[2] == sizes[2] && key_sizes[3] == sizes[3] && dense_last(query) &&
+           dense_last(key);
 }
 
-// (sequence, width) or (batch or 1, sequence, width), of which the first head_dim / 2 columns are read.
-bool is_table(const Tensor& table, const Tensor& query) {
+// (sequence, width) or (batch or 1, sequence, width), of which the first rotary_dim / 2 columns are read.
+bool is_table(const Tensor& table, const Tensor& query, int64_t rotary_dim) {
     const auto sizes = table.sizes(), of = query.sizes();
     const size_t dims = sizes.size();
     return (dims == 2 || (dims == 3 && (sizes[0] == 1 || sizes[0] == of[0]))) && sizes[dims - 2] == of[2] &&
-           (sizes[dims - 1] == of[3] / 2 || sizes[dims - 1] == of[3]) && same_kind(table, query, true) &&
+           (sizes[dims - 1] == rotary_dim / 2 || sizes[dims - 1] == rotary_dim) && same_kind(table, query, true) &&
            dense_last(table);
 }
 
-bool are_tables(const Tensor& cos, const Tensor& sin, const Tensor& query) {
-    return is_table(cos, query) && same_shape(sin, cos) && same_kind(sin, cos) && dense_last(sin);
+bool are_tables(const Tensor& cos, const Tensor& sin, const Tensor& query, int64_t rotary_dim) {
+    return is_table(cos, query, rotary_dim) && same_shape(sin, cos) && same_kind(sin, cos) && dense_last(sin);
+}
+
+bool fit(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, int64_t rotary_dim) {
+    return are_heads(query, key) && rotary_dim > 0 && rotary_dim % 2 == 0 && rotary_dim <= query.size(3) &&
+           are_tables(cos, sin, query, rotary_dim);
 }
 
 // Whether every element has a place of its own.
@@ -46,10 +51,10 @@ bool is_writable(const Tensor& tensor) {
 }
 
 void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
-         const Tensor& query_out, const Tensor& key_out) {
+         int64_t rotary_dim, const Tensor& query_out, const Tensor& key_out) {
     const int64_t per_position = (query.size(1) + key.size(1)) * query.size(3);
     if (query.size(0) * query.size(2) * per_position == 0) return;
-    const Call p = describe(query, key, cos, sin, interleaved, inverse, query_out, key_out);
+    const Call p = describe(query, key, cos, sin, interleaved, inverse, rotary_dim, query_out, key_out);
     const int64_t positions = std::max(kPositions, kElementsPerTask / per_position);
     const int64_t runs = (p.sequence + positions - 1) / positions;
     const Kernels* kernels = kKernels[selected_isa()];
@@ -63,19 +68,19 @@ void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor
 }
 
 std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                        bool interleaved, bool inverse) {
-    require(are_heads(query, key) && are_tables(cos, sin, query), "apply_rotary");
+                                        bool interleaved, bool inverse, int64_t rotary_dim) {
+    require(fit(query, key, cos, sin, rotary_dim), "apply_rotary");
     Tensor query_out = empty_laid_out_like(query), key_out = empty_laid_out_like(key);
-    run(query, key, cos, sin, interleaved, inverse, query_out, key_out);
+    run(query, key, cos, sin, interleaved, inverse, rotary_dim, query_out, key_out);
     return {query_out, key_out};
 }
 
 void apply_rotary_inplace(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin, bool interleaved,
-                          bool inverse) {
-    require(are_heads(query, key) && are_tables(cos, sin, query) && is_writable(query) && is_writable(key) &&
+                          bool inverse, int64_t rotary_dim) {
+    require(fit(query, key, cos, sin, rotary_dim) && is_writable(query) && is_writable(key) &&
                 (query.numel() == 0 || query.const_data_ptr() != key.const_data_ptr()),
             "apply_rotary_");
-    run(query, key, cos, sin, interleaved, inverse, query, key);
+    run(query, key, cos, sin, interleaved, inverse, rotary_dim, query, key);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ bool divide(int vector, const Heads& x) {
 
 // Whether every access of `vector` elements is aligned.
 bool vectors_fit(const Call& p, int vector) {
-    const int64_t strides[] = {p.head_dim / 2, p.cos_batch, p.cos_position, p.sin_batch, p.sin_position};
+    const int64_t strides[] = {p.rotary_dim / 2, p.rest, p.cos_batch, p.cos_position, p.sin_batch, p.sin_position};
     return std::all_of(std::begin(strides), std::end(strides), [&](int64_t stride) { return stride % vector == 0; }) &&
            aligned(p.cos) && aligned(p.sin) && divide(vector, p.query) && divide(vector, p.key);
 }
@@ -30,7 +30,7 @@ int64_t divided(int64_t number, int64_t by) { return (number + by - 1) / by; }
 template <class T, class C, int V>
 void launch_rotation(const Call& call, void* stream) {
     Rotation p{call, 0};
-    const int64_t packs = p.head_dim / 2 / V, heads = p.query.heads + p.key.heads;
+    const int64_t packs = p.rotary_dim / 2 / V, heads = p.query.heads + p.key.heads;
     const unsigned threads = static_cast<unsigned>(std::min<int64_t>(packs, kThreads));
     const dim3 block(threads, kThreads / threads);
     const int64_t blocks = divided(p.batch * p.sequence, block.y);

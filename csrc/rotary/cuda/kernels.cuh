@@ -1,4 +1,4 @@
-// a' = a cos - b sin,  b' = b cos + a sin,  for the pairs (a, b) of each head's elements
+// a' = a cos - b sin,  b' = b cos + a sin,  for the pairs (a, b) of each head's first rotary_dim elements
 //
 // Bound by memory: a thread reads its part of a position's tables once, and turns the same pairs of several heads.
 #pragma once
@@ -55,23 +55,16 @@ __device__ void turn_interleaved(const T* from, T* to, int64_t index, const floa
     for (int pack = 0; pack < 2; ++pack) store(to, 2 * index + pack, Pack<T, V>::rounded(turned[pack]));
 }
 
-// The pairs of pack `index` in the heads that blockIdx.y stands for.
-template <class T, int V, bool INTERLEAVED>
-__device__ void turn_heads(const Rotation& p, int64_t batch, int64_t position, int64_t index, const float (&cos)[V],
-                           const float (&sin)[V]) {
+// Calls visit(from, to) with each head that blockIdx.y stands for, at one position.
+template <class T, class Visit>
+__device__ void for_each_head(const Rotation& p, int64_t batch, int64_t position, const Visit& visit) {
     const int64_t begin = blockIdx.y * p.heads_together, heads = p.query.heads + p.key.heads;
     const int64_t end = begin + p.heads_together < heads ? begin + p.heads_together : heads;
     const Position<T> query(p.query, batch, position), key(p.key, batch, position);
     for (int64_t head = begin; head < end; ++head) {
         const Position<T>& x = head < p.query.heads ? query : key;
         const int64_t number = head < p.query.heads ? head : head - p.query.heads;
-        const T* from = x.from + number * x.from_head;
-        T* to = x.to + number * x.to_head;
-        if constexpr (INTERLEAVED) {
-            turn_interleaved(from, to, index, cos, sin);
-        } else {
-            turn_halves(from, to, p.head_dim / 2, index, cos, sin);
-        }
+        visit(x.from + number * x.from_head, x.to + number * x.to_head);
     }
 }
 
@@ -84,14 +77,25 @@ __global__ void __launch_bounds__(kThreads) rotate_rows(const Rotation p) {
     const C* cos_row = static_cast<const C*>(p.cos) + batch * p.cos_batch + position * p.cos_position;
     const C* sin_row = static_cast<const C*>(p.sin) + batch * p.sin_batch + position * p.sin_position;
     const float sign = p.inverse ? -1.0f : 1.0f;
-    for (int64_t index = threadIdx.x; index < p.head_dim / 2 / V; index += blockDim.x) {
+    for (int64_t index = threadIdx.x; index < p.rotary_dim / 2 / V; index += blockDim.x) {
         const auto cos_pack = load<V>(cos_row, index), sin_pack = load<V>(sin_row, index);
         float cos[V], sin[V];
         for (int v = 0; v < V; ++v) {
             cos[v] = cos_pack.at(v);
             sin[v] = sign * sin_pack.at(v);
         }
-        turn_heads<T, V, INTERLEAVED>(p, batch, position, index, cos, sin);
+        for_each_head<T>(p, batch, position, [&](const T* from, T* to) {
+            if constexpr (INTERLEAVED) {
+                turn_interleaved(from, to, index, cos, sin);
+            } else {
+                turn_halves(from, to, p.rotary_dim / 2, index, cos, sin);
+            }
+        });
+    }
+    for (int64_t index = threadIdx.x; index < p.rest / V; index += blockDim.x) {
+        for_each_head<T>(p, batch, position, [&](const T* from, T* to) {
+            store(to + p.rotary_dim, index, load<V>(from + p.rotary_dim, index));
+        });
     }
 }
 

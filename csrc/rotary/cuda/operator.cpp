@@ -10,22 +10,22 @@ namespace nearpeak::rotary::cuda {
 namespace {
 
 void run(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse,
-         const Tensor& query_out, const Tensor& key_out) {
+         int64_t rotary_dim, const Tensor& query_out, const Tensor& key_out) {
     if (query.numel() + key.numel() == 0) return;
     const nearpeak::cuda::OnDeviceOf device(query);
-    rotate(describe(query, key, cos, sin, interleaved, inverse, query_out, key_out), device.stream());
+    rotate(describe(query, key, cos, sin, interleaved, inverse, rotary_dim, query_out, key_out), device.stream());
 }
 
 std::tuple<Tensor, Tensor> apply_rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                        bool interleaved, bool inverse) {
+                                        bool interleaved, bool inverse, int64_t rotary_dim) {
     Tensor query_out = empty_laid_out_like(query), key_out = empty_laid_out_like(key);
-    run(query, key, cos, sin, interleaved, inverse, query_out, key_out);
+    run(query, key, cos, sin, interleaved, inverse, rotary_dim, query_out, key_out);
     return {query_out, key_out};
 }
 
 void apply_rotary_inplace(Tensor query, Tensor key, const Tensor& cos, const Tensor& sin, bool interleaved,
-                          bool inverse) {
-    run(query, key, cos, sin, interleaved, inverse, query, key);
+                          bool inverse, int64_t rotary_dim) {
+    run(query, key, cos, sin, interleaved, inverse, rotary_dim, query, key);
 }
 
 }  // namespace

@@ -5,9 +5,10 @@
     RMSNorm      n = hidden / sqrt(mean(hidden^2) + eps)                        y = n * (offset + weight)
     LayerNorm    n = (hidden - mean(hidden)) / sqrt(variance(hidden) + eps)     y = n * weight + bias
 
-The arithmetic is float32 (float64 for float64), rounded once at the end; the variance is the mean squared distance from
-the mean. Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4 (offset = 1 is Gemma's form); Ba, Kiros
-and Hinton 2016, https://arxiv.org/abs/1607.06450, equation 4.
+The arithmetic is float32 (float64 for float64), rounded once at the end; with `cast_first` n is rounded too, before it
+meets the weight; gradients know nothing of rounding. The variance is the mean squared distance from the mean.
+Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4 (offset = 1 is Gemma's form); Ba, Kiros and Hinton
+2016, https://arxiv.org/abs/1607.06450, equation 4.
 """
 
 import torch
@@ -15,24 +16,24 @@ import torch
 from ..operators import empty_laid_out_like, widened
 
 
-def rms_norm(x, weight, eps, offset):
+def rms_norm(x, weight, eps, offset, cast_first):
     wide = widened(x)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        y = y * (offset + weight.to(wide.dtype))
+        y = (y.to(x.dtype) if cast_first else y) * (offset + weight.to(wide.dtype))
     return empty_laid_out_like(x).copy_(y)
 
 
-def add_rms_norm(x, residual, weight, eps, offset):
+def add_rms_norm(x, residual, weight, eps, offset, cast_first):
     hidden = empty_laid_out_like(x).copy_(x + residual)
-    return rms_norm(hidden, weight, eps, offset), hidden
+    return rms_norm(hidden, weight, eps, offset, cast_first), hidden
 
 
-def rms_norm_out(x, weight, residual, eps, offset, out, residual_out):
+def rms_norm_out(x, weight, residual, eps, offset, cast_first, out, residual_out):
     if residual is None:
-        out.copy_(rms_norm(x, weight, eps, offset))
+        out.copy_(rms_norm(x, weight, eps, offset, cast_first))
         return
-    y, hidden = add_rms_norm(x, residual, weight, eps, offset)
+    y, hidden = add_rms_norm(x, residual, weight, eps, offset, cast_first)
     out.copy_(y)
     residual_out.copy_(hidden)
 
@@ -117,3 +118,14 @@ def _plus(d_hidden, grad_hidden, hidden):
     if grad_hidden is not None:
         d_hidden = d_hidden + widened(grad_hidden)
     return empty_laid_out_like(hidden).copy_(d_hidden)
+
+
+def qk_norm(query, key, query_weight, key_weight, *formula):
+    """RMSNorm of each over head_dim."""
+    return rms_norm(query, query_weight, *formula), rms_norm(key, key_weight, *formula)
+
+
+def qk_norm_backward(grad_query, grad_key, query, key, query_weight, key_weight, eps, offset):
+    d_query, d_query_weight = rms_norm_backward(grad_query, query, query_weight, None, eps, offset)
+    d_key, d_key_weight = rms_norm_backward(grad_key, key, key_weight, None, eps, offset)
+    return d_query, d_key, d_query_weight, d_key_weight

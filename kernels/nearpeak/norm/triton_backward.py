@@ -229,7 +229,7 @@ def backward(grad, hidden, weight, grad_hidden, d_hidden, d_weight, d_bias, eps,
     with triton_launch.on(hidden.device):
         partials = launch((grad, hidden, weight, extra), d_hidden, wanted, sizes, formula)
         for partial, gradient in zip((p for p in partials if p is not None), gradients, strict=True):
-            _reduce(partial, gradient)
+            reduce(partial, gradient)
 
 
 def _empty_partials(hidden, wanted, programs):
@@ -272,7 +272,7 @@ def _in_two(inputs, d_hidden, wanted, sizes, formula):
     return partials
 
 
-def _reduce(partial, total):
+def reduce(partial, total):
     programs, width = partial.shape
     device = triton_launch.describe(partial.device)
     vector = triton_launch.vector_length(4, width)

@@ -15,7 +15,9 @@ from .triton_tiles import forward_tile
 
 
 @triton.jit
-def _scaled(n, weight_ptr, bias_ptr, columns, width, offset):
+def _scaled(n, weight_ptr, bias_ptr, columns, width, offset, dtype: tl.constexpr, CAST_FIRST: tl.constexpr):
+    if CAST_FIRST:
+        n = n.to(dtype).to(tl.float32)
     y = n * load_weight(weight_ptr, columns, width, offset)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
@@ -37,6 +39,7 @@ def _forward(
     eps,
     offset,
     CENTRED: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -60,7 +63,7 @@ def _forward(
         difference = tl.sum(wide, axis=1, keep_dims=True) / width  # [ROWS, 1]
     r = scale_of(difference, tl.sum(wide * wide, axis=1, keep_dims=True) / width, eps, CENTRED)  # [ROWS, 1]
     n = (wide - difference) * r
-    y = _scaled(n, weight_ptr, bias_ptr, columns, width, offset)
+    y = _scaled(n, weight_ptr, bias_ptr, columns, width, offset, hidden.dtype, CAST_FIRST)
     tl.store(y_ptr + row * width + columns, y.to(hidden.dtype), mask=inside)
 
 
@@ -78,6 +81,7 @@ def _forward_wide(
     eps,
     offset,
     CENTRED: tl.constexpr,
+    CAST_FIRST: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,13 +114,13 @@ def _forward_wide(
         n = hidden.to(tl.float32)
         if CENTRED:
             n = (n - shift) - difference
-        y = _scaled(n * r, weight_ptr, bias_ptr, columns, width, offset)
+        y = _scaled(n * r, weight_ptr, bias_ptr, columns, width, offset, hidden.dtype, CAST_FIRST)
         if hidden_ptr is not None:
             tl.store(hidden_ptr + row * width + columns, hidden, mask=columns < width)
         tl.store(y_ptr + row * width + columns, y.to(hidden.dtype), mask=columns < width)
 
 
-def forward(x, residual, weight, bias, y, hidden, eps, offset, centred):
+def forward(x, residual, weight, bias, y, hidden, eps, offset, centred, cast_first=False):
     """Writes y, and where it is not None hidden; both are dense, in one order."""
     if x.numel() == 0:
         return
@@ -129,7 +133,8 @@ def forward(x, residual, weight, bias, y, hidden, eps, offset, centred):
     in_vectors = width // vector, *(stride // vector for stride in strides)
     tensors = x, residual, weight, bias, y, hidden
     tile, device = forward_tile(width, x.element_size()), triton_launch.describe(x.device)
-    options = {"CENTRED": centred, "VECTOR": vector, "BLOCK": tile.block, **device.options(tile.threads)}
+    options = {"CENTRED": centred, "CAST_FIRST": cast_first and weight is not None, "VECTOR": vector}
+    options |= {"BLOCK": tile.block, **device.options(tile.threads)}
     with triton_launch.on(x.device):
         if tile.block < width:
             _forward_wide[(rows,)](*tensors, *in_vectors, eps, offset, **options)

@@ -11,20 +11,20 @@ from .triton_backward import backward
 from .triton_forward import forward
 
 
-def rms_norm(x, weight, eps, offset):
+def rms_norm(x, weight, eps, offset, cast_first):
     y = operators.empty_laid_out_like(x)
-    rms_norm_out(x, weight, None, eps, offset, y, None)
+    rms_norm_out(x, weight, None, eps, offset, cast_first, y, None)
     return y
 
 
-def add_rms_norm(x, residual, weight, eps, offset):
+def add_rms_norm(x, residual, weight, eps, offset, cast_first):
     y, hidden = operators.empty_laid_out_like(x), operators.empty_laid_out_like(x)
-    rms_norm_out(x, weight, residual, eps, offset, y, hidden)
+    rms_norm_out(x, weight, residual, eps, offset, cast_first, y, hidden)
     return y, hidden
 
 
-def rms_norm_out(x, weight, residual, eps, offset, out, residual_out):
-    forward(x, residual, weight, None, out, residual_out, eps, offset, False)
+def rms_norm_out(x, weight, residual, eps, offset, cast_first, out, residual_out):
+    forward(x, residual, weight, None, out, residual_out, eps, offset, False, cast_first)
 
 
 def rms_norm_backward(grad, hidden, weight, grad_hidden, eps, offset):

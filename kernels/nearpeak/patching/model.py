@@ -163,11 +163,10 @@ def _rotary_class(module):
     original = rotary.original_of(module)
     if original is None:
         return None, "its forward is wrapped by a decorator that cannot be rebuilt"
-    interleaved = rotary.interleaving_of(original)
-    if interleaved is None:
+    form = rotary.form_of(original)
+    if form is None:
         return None, f"its {rotary.NAME} computes another embedding"
-    detail = "nearpeak.apply_rotary" + (", interleaved" if interleaved else "")
-    return rotary.serving_class(type(module), original, interleaved), detail
+    return rotary.serving_class(type(module), original, form), form.detail
 
 
 def _swap(kind, module, serving, detail, record, findings) -> None:

@@ -6,7 +6,9 @@
 Hugging Face has a hundred copies of these classes that differ in names, in the offset, in whether there is a bias, and
 in where they round, and their next release will have more. So a candidate is run once on a small random input with
 random parameters, and served where its result is the formula's. Served modules round once, at the end, where some of
-these classes round before the weight as well.
+these classes (Llama's, Qwen's) round before the weight as well: in bfloat16 and float16 their mean error is 1.35 times,
+their largest 1.5 to 2.1 times as large (widths 64 to 4096). Who wants their very numbers calls `rms_norm` with
+cast_first.
 """
 
 import copy
@@ -120,4 +122,4 @@ def _reference(function, x, parameters, eps, offset):
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if function == "layer_norm":
         return reference.layer_norm(x, weight, bias, eps)
-    return reference.rms_norm(x, weight, eps, offset)
+    return reference.rms_norm(x, weight, eps, offset, False)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -23,11 +24,23 @@ NAME = "apply_rotary_pos_emb"
 SAME_FORMULA = 1e-5
 
 
+class Form(NamedTuple):
+    """What an `apply_rotary_pos_emb` was found to compute."""
+
+    interleaved: bool  # which elements make a pair: neighbours, or one of each half
+    halves_repeat: bool  # in its tables of full width each angle stands once in each half, or else twice in a row
+    partial: bool = False  # tables narrower than head_dim turn a head's first elements and leave the others
+
+    @property
+    def detail(self) -> str:
+        return "nearpeak.apply_rotary" + (", interleaved" if self.interleaved else "")
+
+
 @functools.cache
-def serving_class(base: type, original: Callable, interleaved: bool) -> type:
+def serving_class(base: type, original: Callable, form: Form) -> type:
     """The subclass of the attention class `base` whose forward turns query and key by `nearpeak.apply_rotary`."""
-    forward = _rebuilt(base.forward, _replacement(original, interleaved))
-    return serving_subclass(base, forward, serving_class, (base, original, interleaved))
+    forward = _rebuilt(base.forward, _replacement(original, form))
+    return serving_subclass(base, forward, serving_class, (base, original, form))
 
 
 def _rebuilt(function: types.FunctionType, replacement: Callable) -> types.FunctionType:
@@ -56,18 +69,21 @@ def _holds(cell: types.CellType, value: object) -> bool:
         return False
 
 
-def _replacement(original: Callable, interleaved: bool) -> Callable:
+def _replacement(original: Callable, form: Form) -> Callable:
     @functools.wraps(original)
     def apply_rotary_pos_emb(q, k, cos, sin, *others, **named):
-        if others or named or not _fits(q, k, cos, sin):
+        if others or named or not _fits(q, k, cos, sin, form):
             backends.because(f"the call of {NAME} has a form that the kernels do not serve: {original.__module__} does")
             return original(q, k, cos, sin, *others, **named)
-        return apply_rotary(q, k, cos, sin, interleaved=interleaved)
+        rotary_dim = cos.shape[-1]
+        if form.interleaved and form.halves_repeat:
+            cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
+        return apply_rotary(q, k, cos, sin, interleaved=form.interleaved, rotary_dim=rotary_dim)
 
     return apply_rotary_pos_emb
 
 
-def _fits(q, k, cos, sin) -> bool:
+def _fits(q, k, cos, sin, form: Form) -> bool:
     """Whether `nearpeak.apply_rotary` means the same as Hugging Face's function for these arguments."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
@@ -77,7 +93,8 @@ def _fits(q, k, cos, sin) -> bool:
         and k.shape[0] == batch
         and k.shape[2:] == q.shape[2:]
         and cos.shape[0] in (1, batch)
-        and cos.shape[1:] == (sequence, head_dim)
+        and cos.shape[1] == sequence
+        and (cos.shape[2] == head_dim or (form.partial and 0 < cos.shape[2] < head_dim))
         and q.stride(-1) == k.stride(-1) == cos.stride(-1) == sin.stride(-1) == 1
     )
 
@@ -105,24 +122,25 @@ def original_of(module: torch.nn.Module) -> Callable | None:
 
 
 @torch.no_grad()
-def interleaving_of(function: Callable) -> bool | None:
-    """Which elements `function` pairs: False for halves, True for neighbours, None if it is another function.
-
-    Tables are made as Hugging Face makes them for each convention: halves repeated, or elements repeated.
-    """
-    random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=random, device="cpu") for heads in (2, 1))
-    angles = torch.rand(1, 3, 4, generator=random, device="cpu")
-    for interleaved in (False, True):
-        table = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
-        expected = reference_apply_rotary(q, k, angles.cos(), angles.sin(), interleaved, False)
-        try:
-            q_turned, k_turned = function(q, k, table.cos(), table.sin())
-        except Exception:  # an unknown function may raise anything
-            return None
-        if _same(q_turned, expected[0]) and _same(k_turned, expected[1]):
-            return interleaved
+def form_of(function: Callable) -> Form | None:
+    """What `function` was found to compute; None if it is another function."""
+    for form in (Form(False, True), Form(True, False), Form(True, True)):
+        if _computes(function, form, head_dim=8, rotary_dim=8):
+            return form._replace(partial=_computes(function, form, head_dim=12, rotary_dim=8))
     return None
+
+
+def _computes(function: Callable, form: Form, head_dim: int, rotary_dim: int) -> bool:
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, heads, 3, head_dim, generator=random, device="cpu") for heads in (2, 1))
+    angles = torch.rand(1, 3, rotary_dim // 2, generator=random, device="cpu")
+    table = torch.cat((angles, angles), dim=-1) if form.halves_repeat else angles.repeat_interleave(2, dim=-1)
+    expected = reference_apply_rotary(q, k, angles.cos(), angles.sin(), form.interleaved, False, rotary_dim)
+    try:
+        q_turned, k_turned = function(q, k, table.cos(), table.sin())
+    except Exception:  # an unknown function may raise anything
+        return False
+    return _same(q_turned, expected[0]) and _same(k_turned, expected[1])
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

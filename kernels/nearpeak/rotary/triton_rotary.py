@@ -24,7 +24,7 @@ class Tile(NamedTuple):
 
 
 def tile_sizes(rows: int, half: int) -> Tile:
-    """What one program turns at once of `rows` positions of half a head_dim of pairs."""
+    """What one program turns at once of `rows` positions of `half` pairs."""
     block = min(triton.next_power_of_2(half), PAIRS)
     tall = min(triton.next_power_of_2(rows), max(1, PAIRS // block))
     return Tile(tall, block, THREADS * tall * block // PAIRS)
@@ -45,7 +45,10 @@ def _turn(a, b, cos, sin):
 
 
 @triton.jit
-def _turn_head(in_rows, out_rows, cos, sin, first, half, row_inside, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+def _turn_head(
+    in_rows, out_rows, cos, sin, first, half, rest, row_inside,
+    INTERLEAVED: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One head of a tile of positions. in_rows, out_rows: [ROWS, 1] pointers; cos, sin: [ROWS, BLOCK]."""
     if INTERLEAVED:
         columns = 2 * first + tl.arange(0, 2 * BLOCK)[None, :]
@@ -62,6 +65,11 @@ def _turn_head(in_rows, out_rows, cos, sin, first, half, row_inside, INTERLEAVED
         a, b = _turn(x, y, cos, sin)
         tl.store(out_rows + columns, a.to(x.dtype), mask=inside)
         tl.store(out_rows + half + columns, b.to(x.dtype), mask=inside)
+    if REST:
+        for start in range(first, rest, tl.num_programs(2) * BLOCK):
+            column = start + tl.arange(0, BLOCK)[None, :]
+            is_rest = row_inside & (column < rest)
+            tl.store(out_rows + 2 * half + column, tl.load(in_rows + 2 * half + column, mask=is_rest), mask=is_rest)
 
 
 @triton.jit
@@ -71,7 +79,7 @@ def _rows_at(pointer, batch, position, batch_stride, position_stride, VECTOR: tl
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "sequence", "half_vectors", "query_heads", "key_heads", "heads_together",
+        "rows", "sequence", "half_vectors", "rest_vectors", "query_heads", "key_heads", "heads_together",
         "query_batch", "query_head", "query_position", "key_batch", "key_head", "key_position",
         "out_query_batch", "out_query_head", "out_query_position", "out_key_batch", "out_key_head", "out_key_position",
         "cos_batch", "cos_position", "sin_batch", "sin_position",
@@ -79,17 +87,17 @@ def _rows_at(pointer, batch, position, batch_stride, position_stride, VECTOR: tl
 )  # fmt: skip
 def _rotate(
     query_ptr, key_ptr, out_query_ptr, out_key_ptr, cos_ptr, sin_ptr,
-    rows, sequence, half_vectors, query_heads, key_heads, heads_together,
+    rows, sequence, half_vectors, rest_vectors, query_heads, key_heads, heads_together,
     query_batch, query_head, query_position,  # strides from here on, in vectors
     key_batch, key_head, key_position,
     out_query_batch, out_query_head, out_query_position,
     out_key_batch, out_key_head, out_key_position,
     cos_batch, cos_position, sin_batch, sin_position,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS positions (of all batches in turn) and `heads_together` heads a program, key's heads after query's."""
-    half = half_vectors * VECTOR
+    half, rest = half_vectors * VECTOR, rest_vectors * VECTOR
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     inside = row < rows
     batch, position = (row // sequence).to(tl.int64), (row % sequence).to(tl.int64)
@@ -109,34 +117,36 @@ def _rotate(
     for head in range(begin, tl.minimum(end, query_heads)):
         in_head = in_rows + tl.cast(head, tl.int64) * query_head * VECTOR
         out_head = out_rows + tl.cast(head, tl.int64) * out_query_head * VECTOR
-        _turn_head(in_head, out_head, cos, sin, first, half, inside, INTERLEAVED, BLOCK)
+        _turn_head(in_head, out_head, cos, sin, first, half, rest, inside, INTERLEAVED, REST, BLOCK)
     in_rows = _rows_at(key_ptr, batch, position, key_batch, key_position, VECTOR)
     out_rows = _rows_at(out_key_ptr, batch, position, out_key_batch, out_key_position, VECTOR)
     for head in range(tl.maximum(begin, query_heads) - query_heads, end - query_heads):
         in_head = in_rows + tl.cast(head, tl.int64) * key_head * VECTOR
         out_head = out_rows + tl.cast(head, tl.int64) * out_key_head * VECTOR
-        _turn_head(in_head, out_head, cos, sin, first, half, inside, INTERLEAVED, BLOCK)
+        _turn_head(in_head, out_head, cos, sin, first, half, rest, inside, INTERLEAVED, REST, BLOCK)
 
 
-def apply_rotary(query, key, cos, sin, interleaved, inverse):
+def apply_rotary(query, key, cos, sin, interleaved, inverse, rotary_dim):
     out_query, out_key = operators.empty_laid_out_like(query), operators.empty_laid_out_like(key)
-    _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse)
+    rest = query.shape[3] - rotary_dim
+    _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse, rotary_dim, rest)
     return out_query, out_key
 
 
-def apply_rotary_(query, key, cos, sin, interleaved, inverse):
-    _launch(query, key, query, key, cos, sin, interleaved, inverse)
+def apply_rotary_(query, key, cos, sin, interleaved, inverse, rotary_dim):
+    _launch(query, key, query, key, cos, sin, interleaved, inverse, rotary_dim, 0)
 
 
-def _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse):
+def _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse, rotary_dim, rest):
+    """rest: how many elements after rotary_dim are copied."""
     if query.numel() == 0 and key.numel() == 0:
         return
-    batch, query_heads, sequence, head_dim = query.shape
-    rows, half, heads = batch * sequence, head_dim // 2, query_heads + key.shape[1]
+    batch, query_heads, sequence, _ = query.shape
+    rows, half, heads = batch * sequence, rotary_dim // 2, query_heads + key.shape[1]
     strides = [stride for t in (query, key, out_query, out_key) for stride in t.stride()[:3]]
     has_batch = cos.dim() == 3 and cos.shape[0] > 1
     strides += [stride for t in (cos, sin) for stride in (t.stride(0) if has_batch else 0, t.stride(-2))]
-    vector = triton_launch.vector_length(query.element_size(), half, *strides)
+    vector = triton_launch.vector_length(query.element_size(), half, rest, *strides)
     tile = tile_sizes(rows, half)
     row_tiles, column_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(half, tile.block)
     device = triton_launch.describe(query.device)
@@ -144,8 +154,8 @@ def _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse):
     with triton_launch.on(query.device):
         _rotate[(row_tiles, triton.cdiv(heads, together), column_tiles)](
             query, key, out_query, out_key, cos, sin,
-            rows, sequence, half // vector, query_heads, key.shape[1], together,
+            rows, sequence, half // vector, rest // vector, query_heads, key.shape[1], together,
             *(stride // vector for stride in strides),
-            INTERLEAVED=interleaved, INVERSE=inverse,
+            INTERLEAVED=interleaved, INVERSE=inverse, REST=rest > 0,
             VECTOR=vector, ROWS=tile.rows, BLOCK=tile.block, **device.options(tile.threads),
         )  # fmt: skip

@@ -133,11 +133,9 @@ class _Cache:
 
 def _turned(x, cos, sin, rows, interleaved):
     """x, (batch, length, heads, head_dim), its first elements turned by rows (batch, length) of the tables."""
-    width = 2 * cos.shape[1]
-    heads = dense_last(x)[..., :width].transpose(1, 2)
-    turned, _ = apply_rotary(heads, heads[:, :0], cos[rows], sin[rows], interleaved=interleaved)
-    turned = turned.transpose(1, 2)
-    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), -1)
+    heads, rotary_dim = dense_last(x).transpose(1, 2), 2 * cos.shape[1]
+    turned, _ = apply_rotary(heads, heads[:, :0], cos[rows], sin[rows], interleaved=interleaved, rotary_dim=rotary_dim)
+    return turned.transpose(1, 2)
 
 
 def _lengths(q, k_cache, cache_seqlens, block_table):
