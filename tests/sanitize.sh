@@ -22,6 +22,7 @@ NEARPEAK_SANITIZE=$SANITIZERS "$PYTHON" -m pip install -q --no-build-isolation -
 # filled with NaN, so that a result which depends on what nobody wrote shows.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:malloc_fill_byte=255:max_malloc_fill_size=1073741824
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export NEARPEAK_SANITIZING=1
 export LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so)"
 echo "== running the kernels' tests"
 # Without the reference, which is no C++ of ours. pytest must not capture what a sanitizer writes before it aborts.

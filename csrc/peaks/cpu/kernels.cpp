@@ -33,7 +33,7 @@ double multiply_add_vectors(int64_t rounds) {
 double multiply_add_tiles(int64_t rounds) {
     constexpr int64_t kRowBytes = 64;
     const bfloat16 zeros[kTileRows * kTileDepth] = {};
-    TileUnit unit;
+    [[maybe_unused]] const TileUnit unit;
     finish_stores();
     load_left<0>(zeros, kRowBytes);
     load_left<1>(zeros, kRowBytes);
