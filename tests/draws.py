@@ -1,11 +1,16 @@
 """The rule of exactness (nearpeak_bench/exactness.py) over draws of a case, held against several plain layers."""
 
+import os
 from typing import NamedTuple
 
 import torch
 from exactness import Errors, errors_over_draws, units_over_draws, why_beyond
 
-DRAWS = 8
+# Which memory a kernel touches does not depend on the numbers: sanitizers see all in one draw, which is too few to tell
+# how exact a kernel is. That the other runs judge.
+SANITIZING = os.environ.get("NEARPEAK_SANITIZING") == "1"
+# Of most cases, and of those of few rows, whose errors are few.
+DRAWS, MOST_DRAWS = (1, 1) if SANITIZING else (8, 64)
 
 
 class Standard(NamedTuple):
@@ -38,6 +43,8 @@ def assert_as_exact(results, standards):
         assert not output.isnan().any(), f"{name}: {int(output.isnan().sum())} of {output.numel()} elements are NaN"
         infinite = exact.isinf()
         assert torch.equal(output[infinite].double(), exact[infinite]), f"{name}: infinities differ"
+        if SANITIZING:
+            continue
         mine = errors_over_draws(output, exact)
         assert any(why_beyond(mine, plain, standard.units) is None for plain in standard.plains), (
             f"{name}: {mine}, plain layers {standard.plains}, one unit in the last place {standard.units}"

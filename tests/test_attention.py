@@ -9,7 +9,7 @@ import nearpeak
 import plain
 import pytest
 import torch
-from draws import DRAWS, assert_as_exact, standards
+from draws import DRAWS, MOST_DRAWS, assert_as_exact, standards
 from exactness import MAXIMUM_RATIO, unit_in_last_place
 from inputs import (
     DTYPES,
@@ -162,8 +162,8 @@ def standards_of(case, draws):
     return standards([values(layer, draws) for layer in plain_layers(case)], values(exact_layer(case), doubled(draws)))
 
 
-# Rows, and draws, that it takes to tell errors of 1.1 times from chance: a row's errors are one error of its sum.
-ENOUGH_ROWS, MOST_DRAWS = 512, 64
+# Rows of all draws that it takes to tell errors of 1.1 times from chance: a row's errors are one error of its sum.
+ENOUGH_ROWS = 512
 
 
 def draws_of(case, dtype, with_gradients=True, count=DRAWS):

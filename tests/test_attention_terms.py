@@ -9,10 +9,10 @@ import nearpeak
 import plain
 import pytest
 import torch
-from draws import assert_as_exact, standards
+from draws import DRAWS, MOST_DRAWS, assert_as_exact, standards
 from inputs import DTYPES, EXAMPLES, every_second, for_all, padded, randn
 from nearpeak.attention import reference
-from test_attention import ENOUGH_ROWS, MOST_DRAWS, Case, doubled, mask_of, scale_of, values, window_of
+from test_attention import ENOUGH_ROWS, Case, doubled, mask_of, scale_of, values, window_of
 
 
 class Terms(NamedTuple):
@@ -136,7 +136,7 @@ def eager_layer(terms):
     return call
 
 
-def draws_of(terms, dtype, count=8):
+def draws_of(terms, dtype, count=DRAWS):
     rows = max(1, terms.case.batch * terms.case.heads * terms.case.query_length)
     count = max(count, min(MOST_DRAWS, ENOUGH_ROWS // rows))
     seeds = (terms.case._replace(seed=terms.case.seed + 10 * draw) for draw in range(count))

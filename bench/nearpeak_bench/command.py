@@ -15,6 +15,7 @@ from . import (
     machines,
     profiling,
     readme,
+    repeat,
     report,
     results,
     selftest,
@@ -169,7 +170,7 @@ def _measure(with_model: bool, cases: list, options: Options, found: results.Res
     settings = session.Settings(budget, options.time_limit, memory, options.isolate)
     try:
         if with_model and not found.model:
-            found.model = _run_model(console, quick=not options.full, alone=not cases)
+            found.model = _run_model(options, console, alone=not cases)
         if cases:
             session.run(cases, settings, options, found, console)
         found.complete = True
@@ -260,12 +261,12 @@ def _machine_line(described: dict) -> str:
     return f"{described['processor']}, {threads}, PyTorch {described['torch_capability']}, {kernels}{gpus}"
 
 
-def _run_model(console: rich.console.Console, quick: bool, alone: bool) -> dict | None:
+def _run_model(options: Options, console: rich.console.Console, alone: bool) -> dict | None:
     """The model benchmark's results; without its packages an error if it runs alone, else a line that says so."""
     from . import model, models
 
     try:
-        return model.run(console, quick)
+        return {**model.run(console, quick=not options.full), "command": repeat.model_command(options)}
     except models.Missing as missing:
         if alone:
             raise UsageError(str(missing)) from None

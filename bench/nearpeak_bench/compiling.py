@@ -4,7 +4,8 @@
     cached    its files did; what remains is tracing and loading, which every new process pays
 
 Which of both a first call was, the compilers tell: Inductor counts what its cache had and had not, Triton tells a
-listener. Of torch.compile the cached time is measured in any case, after the timing: it is cheap.
+listener. Of torch.compile the cached time is measured too where it is asked for, after the timing: it takes a second or
+more a row.
 """
 
 import contextlib

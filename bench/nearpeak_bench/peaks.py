@@ -3,7 +3,8 @@
     limit of a call = max(flops / peak multiply-add rate of the dtype, traffic / bandwidth)
 
 Bandwidth is measured at several footprints, because caches are faster than memory, and a row is held against the
-footprint nearest to its own. Each peak is the best that anything here reaches: the C++ extension's loops, or
+footprint nearest to its own. A smaller one gets at least a larger one's rate: the busier the machine, the less of a
+short measurement is left. Each peak is the best that anything here reaches: the C++ extension's loops, or
 PyTorch's matmul, copy and sum.
 """
 
@@ -83,6 +84,11 @@ def _bandwidth(footprint: int, device: torch.device) -> tuple[float, float]:
     return copy, footprint / best_seconds(lambda: data.sum(), clock)
 
 
+def _never_below_larger(rates: dict[int, float]) -> dict[int, float]:
+    """Each footprint's rate, or a larger one's where that is higher."""
+    return {footprint: max(rates[other] for other in rates if other >= footprint) for footprint in rates}
+
+
 def measure(device: torch.device, progress: Callable[[str], None] = lambda what: None) -> Peaks:
     """Measure all peaks; `progress` is told what is measured next."""
     on_cpu = device.type == "cpu"
@@ -100,4 +106,4 @@ def measure(device: torch.device, progress: Callable[[str], None] = lambda what:
             native_copy = _native("nearpeak_peak_copy", footprint // 2, ctypes.c_int64)
             native_read = _native("nearpeak_peak_read", footprint, ctypes.c_int64)
             copy[footprint], read[footprint] = max(copy[footprint], native_copy), max(read[footprint], native_read)
-    return Peaks(multiply_add, copy, read)
+    return Peaks(multiply_add, _never_below_larger(copy), _never_below_larger(read))

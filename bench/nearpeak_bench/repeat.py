@@ -20,7 +20,15 @@ def command(case: Case, options: Options) -> str:
     words += ["--caches", "cold"] if variant.cold else []
     for option, values in (("--shapes", options.shapes), ("--add", options.add)):
         words += [word for value in values for word in (option, str(value))]
-    words += _timing(options)
+    return _line([*words, *_timing(options)])
+
+
+def model_command(options: Options) -> str:
+    """Likewise for all rows of the model benchmark, which are measured together."""
+    return _line(["nearpeak", "bench", "model", *(["--full"] if options.full else [])])
+
+
+def _line(words: list[str]) -> str:
     settings = [f"{name}={shlex.quote(os.environ[name])}" for name in ENVIRONMENT if os.environ.get(name)]
     return " ".join([*settings, shlex.join(words)])
 
@@ -32,7 +40,7 @@ def _timing(options: Options) -> list[str]:
     if options.time_limit != usual.time_limit:
         given["--time-limit"] = options.time_limit
     words = [word for option, value in given.items() if value is not None for word in (option, f"{value:g}")]
-    if options.full and options.budget is None:
-        # For its budget: a case that is named runs in any case.
+    if options.full:
+        # For its budget and for what it measures beside time: a case that is named runs in any case.
         words.append("--full")
     return words if options.isolate else [*words, "--no-isolate"]

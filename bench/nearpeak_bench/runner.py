@@ -20,12 +20,13 @@ UNWATCHED, NOTHING = worker.Watch(), types.MappingProxyType({})
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """budget: seconds of timing per case (never fewer than three rounds); noise: the machine's, as a fraction;
-    memory: also measure peak memory."""
+    memory: also measure peak memory; cached_compile: also how long torch.compile takes with its files cached."""
 
     device: torch.device
     budget: float
     noise: float = 0.0
     memory: bool = True
+    cached_compile: bool = False
 
 
 def serving_backend(case: Case, inputs: dict) -> str:
@@ -142,7 +143,8 @@ def _run_case(suite: str, case: Case, settings: Settings, peaks: Peaks | None, w
             watch.say(f"memory of {name}")
             watch.turn(name)
             measurements[name].extra_memory = extra_memory(case, implementations[name], settings.device)
-    _compile_again(case, settings.device, [measurements[name] for name in timed], watch)
+    if settings.cached_compile:
+        _compile_again(case, settings.device, [measurements[name] for name in timed], watch)
     for baseline, candidate in _pairs(measurements, timed):
         seconds = (measurements[name].samples.seconds for name in (baseline, candidate))
         measurements[candidate].ratios[baseline] = verdicts.ratio(*seconds, noise=settings.noise)

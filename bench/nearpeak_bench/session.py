@@ -53,7 +53,7 @@ def run(
             raise UsageError(f"measuring the machine {loss}; try --no-isolate, or a larger --memory-limit") from None
         console.print(f"noise of this machine: one call differs from itself by up to {100 * found.noise:.1f} %")
         book = journal.Journal(path, options.to_json(), found)
-        run_settings = runner.Settings(device, settings.budget, found.noise)
+        run_settings = runner.Settings(device, settings.budget, found.noise, cached_compile=options.full)
         for suite, group in itertools.groupby(cases, key=lambda pair: pair[0]):
             try:
                 for _, case in group:

@@ -273,9 +273,10 @@ def _summary_line(operator, direction, dtype, backend, members) -> Line:
 
 def model_table(model: dict) -> Table:
     """The model benchmark's rows, whose keys are the headers."""
-    rows = model.get("rows", [])
+    rows, command = model.get("rows", []), model.get("command", "")
     headers = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
-    return Table("model", headers, [Line([_model_cell(row.get(key)) for key in headers], "fine", "") for row in rows])
+    lines = [Line([_model_cell(row.get(key)) for key in headers], "fine", "", command) for row in rows]
+    return Table("model", headers, lines)
 
 
 def _model_cell(value) -> str:

@@ -22,6 +22,8 @@ from . import suites
 POLL_SECONDS = 0.5
 # For the imports of a fresh process, on a busy machine.
 START_SECONDS = 300.0
+# For what a process does at its end; one that hangs there is killed.
+END_SECONDS = 10.0
 NAME_BYTES = 200
 PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -72,7 +74,11 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        if self._process is not None and kind is None:
+            # It ends itself, and cleans up: of a process that is killed, Python reports leaked semaphores.
+            self._connection.close()
+            self._process.join(END_SECONDS)
         self._end()
 
     def call(self, function: Callable, *arguments: Any, say: Callable[[str], None] = _ignore) -> Any:

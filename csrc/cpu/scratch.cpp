@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 
+#include "sanitize.h"
+
 namespace nearpeak {
 
 float* thread_scratch(int64_t floats) {
@@ -12,14 +14,15 @@ float* thread_scratch(int64_t floats) {
     };
     static thread_local std::unique_ptr<float, Free> memory;
     static thread_local int64_t capacity = 0;
-    if (floats > capacity) {
-        constexpr int64_t kPage = 4096;
-        const int64_t bytes = (floats * static_cast<int64_t>(sizeof(float)) + kPage - 1) / kPage * kPage;
+    // AddressSanitizer is to see where each call's memory ends: there, every call gets its own.
+    if (floats > capacity || kAddressSanitizer) {
         memory.reset();
         capacity = 0;
-        memory.reset(static_cast<float*>(std::aligned_alloc(kPage, bytes)));
-        if (!memory) throw std::bad_alloc();
-        capacity = bytes / static_cast<int64_t>(sizeof(float));
+        constexpr std::size_t kPage = 4096;
+        void* fresh = nullptr;
+        if (posix_memalign(&fresh, kPage, floats * sizeof(float)) != 0) throw std::bad_alloc();
+        memory.reset(static_cast<float*>(fresh));
+        capacity = floats;
     }
     return memory.get();
 }

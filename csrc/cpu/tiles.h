@@ -11,6 +11,7 @@
 #pragma once
 
 #include "pairs.h"
+#include "sanitize.h"
 
 namespace nearpeak::NEARPEAK_ISA {
 
@@ -109,6 +110,14 @@ class TileUnit {
     TileUnit& operator=(const TileUnit&) = delete;
 };
 
+// Each row's bytes: sanitizers do not know the intrinsics.
+inline void check_rows(const void* first, int64_t stride, bool is_write) {
+    constexpr int64_t kRowBytes = 64;
+    for (int row = 0; row < kTileRows; ++row) {
+        check_access(static_cast<const char*>(first) + row * stride, kRowBytes, is_write);
+    }
+}
+
 // The intrinsics want their registers as literals. Sums live in 0..3, left factors in 4 and 5, right ones in 6 and 7.
 #define NEARPEAK_FOR_SUMS(i, j, action) \
     if constexpr (i == 0 && j == 0) {   \
@@ -130,18 +139,21 @@ inline void zero_sums() {
 // Strides are in bytes.
 template <int i, int j>
 inline void load_sums(const float* from, int64_t stride) {
+    check_rows(from, stride, false);
 #define NEARPEAK_ACTION(sums, left, right) _tile_loadd(sums, from, stride)
     NEARPEAK_FOR_SUMS(i, j, NEARPEAK_ACTION)
 #undef NEARPEAK_ACTION
 }
 template <int i, int j>
 inline void store_sums(float* to, int64_t stride) {
+    check_rows(to, stride, true);
 #define NEARPEAK_ACTION(sums, left, right) _tile_stored(sums, to, stride)
     NEARPEAK_FOR_SUMS(i, j, NEARPEAK_ACTION)
 #undef NEARPEAK_ACTION
 }
 template <int i>
 inline void load_left(const bfloat16* from, int64_t stride) {
+    check_rows(from, stride, false);
     if constexpr (i == 0) {
         _tile_loadd(4, from, stride);
     } else {
@@ -150,6 +162,7 @@ inline void load_left(const bfloat16* from, int64_t stride) {
 }
 template <int j>
 inline void load_right(const bfloat16* from, int64_t stride) {
+    check_rows(from, stride, false);
     if constexpr (j == 0) {
         _tile_loadd(6, from, stride);
     } else {

@@ -232,65 +232,6 @@ inline Float rounded_to<bfloat16>(Float value) {
     return bitcast<Float>(round_bfloat16(value) & 0xffff0000u);
 }
 
-// Stores past the caches, for outputs too large to stay in them: saves reading each line before it is written.
-// `to` must be aligned to the bytes stored. A fence must follow before another thread reads.
-inline void store_past_cache(void* to, Float value) {
-#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
-    _mm512_stream_ps(static_cast<float*>(to), reinterpret_cast<__m512>(value));
-#elif NEARPEAK_LANES == 8 && defined(__AVX2__)
-    _mm256_stream_ps(static_cast<float*>(to), reinterpret_cast<__m256>(value));
-#else
-    std::memcpy(to, &value, sizeof(value));
-#endif
-}
-inline void store_past_cache(void* to, Short bits) {
-#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
-    _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(bits));
-#elif NEARPEAK_LANES == 8 && defined(__AVX2__)
-    _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(bits));
-#else
-    std::memcpy(to, &bits, sizeof(bits));
-#endif
-}
-inline void store_past_cache(float* to, Float value) { store_past_cache(static_cast<void*>(to), value); }
-inline void store_past_cache(bfloat16* to, Float value) {
-    store_past_cache(static_cast<void*>(to), narrow_bfloat16(value));
-}
-inline void store_past_cache(float16* to, Float value) {
-    float16 bits[kLanes];
-    store(bits, value);
-    store_past_cache(static_cast<void*>(to), load_bits(bits));
-}
-
-template <class T>
-inline void store_past_cache(T* to, Float value, AllLanes) {
-    store_past_cache(to, value);
-}
-template <class T>
-inline void store_past_cache(T* to, Float value, int64_t count) {
-    store(to, value, count);
-}
-
-// Copies what a load of these lanes would read, past the caches and bit by bit.
-template <class T>
-inline void copy_past_cache(T* to, const T* from, AllLanes) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        store_past_cache(to, load(from));
-    } else {
-        store_past_cache(static_cast<void*>(to), load_bits(from));
-    }
-}
-template <class T>
-inline void copy_past_cache(T* to, const T* from, int64_t count) {
-    std::memcpy(to, from, count * sizeof(T));
-}
-
-inline void fence_stores_past_cache() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
-
 // Swaps each lane with the one `distance` (a power of two) away.
 template <int distance, std::size_t... lane>
 inline Float swap_lanes(Float value, std::index_sequence<lane...>) {
@@ -408,18 +349,6 @@ inline void store(U* to, Two value, TwoVectors<T>) {
     store(to, value.low);
     store(to + kLanes, value.high);
 }
-template <class U, class T>
-inline void store_past_cache(U* to, Two value, TwoVectors<T>) {
-    store_past_cache(to, value.low);
-    store_past_cache(to + kLanes, value.high);
-}
-
-template <class T>
-inline void copy_past_cache(T* to, const T* from, TwoVectors<T>) {
-    copy_past_cache(to, from, AllLanes{});
-    copy_past_cache(to + kLanes, from + kLanes, AllLanes{});
-}
-
 inline Two load(const bfloat16* from, TwoVectors<bfloat16>) {
     Unsigned bits;
     std::memcpy(&bits, from, sizeof(bits));
@@ -437,9 +366,6 @@ inline Float paired_bits(Two value) {
 inline void store(bfloat16* to, Two value, TwoVectors<bfloat16>) {
     const Float bits = paired_bits(value);
     std::memcpy(to, &bits, sizeof(bits));
-}
-inline void store_past_cache(bfloat16* to, Two value, TwoVectors<bfloat16>) {
-    store_past_cache(static_cast<void*>(to), paired_bits(value));
 }
 
 template <std::size_t... lane>

@@ -51,7 +51,7 @@ def info() -> None:
 
 
 main.command()(cli_bench.check)
-main.command()(cli_bench.bench)
+main.command(epilog=cli_bench.EXAMPLES)(cli_bench.bench)
 main.command()(cli_inspect.inspect)
 
 if __name__ == "__main__":

@@ -38,7 +38,12 @@ Suites = Annotated[
     ),
 ]
 Full = Annotated[
-    bool, typer.Option("--full/--quick", help="Every shape and dtype, or a subset.", rich_help_panel=CHOICE)
+    bool,
+    typer.Option(
+        "--full/--quick",
+        help="Every shape and dtype, with more time for each, and cached compile times; or a subset.",
+        rich_help_panel=CHOICE,
+    ),
 ]
 Dtypes = Annotated[
     list[str] | None,
@@ -161,6 +166,38 @@ Readme = Annotated[
 ]
 
 
+EXAMPLES = """
+Examples:
+
+  All kernels, the quick cases:  [cyan]nearpeak bench[/]
+
+  Two families, every shape, one dtype:  [cyan]nearpeak bench norm rotary --full --dtype bfloat16[/]
+
+  A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
+
+  One row again, as its report gives it:  [cyan]nearpeak bench --case linear-1x768x3072-float32-forward[/]
+
+  How time grows with the sequence:  [cyan]nearpeak bench attention --filter causal --sweep S=128,256,512,1024[/]
+
+  What a second thread gains, with cold caches:  [cyan]nearpeak bench norm --threads 1,2 --caches cold[/]
+
+  Where the time goes:  [cyan]nearpeak bench --case rms_norm-2048x4096-float32-forward --profile perf[/]
+
+  A kernel of yours beside ours:  [cyan]nearpeak bench --add mykernel.py[/]
+
+  What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
+
+  What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
+
+  Which commit made a row slower:  [cyan]nearpeak bench bisect v0.1 HEAD --case gelu-512x3072-float32-forward[/]
+
+  Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
+
+Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
+whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
+"""
+
+
 def bench(
     suites: Suites = None,
     full: Full = False,
@@ -191,35 +228,6 @@ def bench(
     Each kernel is first checked against float64, then timed in turns with its baselines (the plain layer, PyTorch's
     own function, torch.compile); its speed is given as ratios, and as a share of the limit that arithmetic and memory
     set. Files go to [bold].nearpeak/results/[/] unless you name them. Ctrl-C keeps the finished rows.
-
-    Examples:
-
-      All kernels, the quick cases:  [cyan]nearpeak bench[/]
-
-      Two families, every shape, one dtype:  [cyan]nearpeak bench norm rotary --full --dtype bfloat16[/]
-
-      A model's layer, by its dimensions:  [cyan]nearpeak bench --shapes llama3-8b[/]
-
-      One row again, as its report gives it:  [cyan]nearpeak bench --case linear-1x768x3072-float32-forward[/]
-
-      How time grows with the sequence:  [cyan]nearpeak bench attention --filter causal --sweep S=128,256,512,1024[/]
-
-      What a second thread gains, with cold caches:  [cyan]nearpeak bench norm --threads 1,2 --caches cold[/]
-
-      Where the time goes:  [cyan]nearpeak bench --case rms_norm-2048x4096-float32-forward --profile perf[/]
-
-      A kernel of yours beside ours:  [cyan]nearpeak bench --add mykernel.py[/]
-
-      What changed since the last time:  [cyan]nearpeak bench norm --against last[/]
-
-      What changed between two files:  [cyan]nearpeak bench compare before.json after.json[/]
-
-      Which commit made a row slower:  [cyan]nearpeak bench bisect v0.1 HEAD --case gelu-512x3072-float32-forward[/]
-
-      Several machines side by side:  [cyan]nearpeak bench report zen3.json zen4.json[/]
-
-    Exit codes: 1 a wrong result, 2 a wrong request, 3 selftest missed a goal, 4 a kernel became slower, 5 noise hides
-    whether one did, 6 a kernel raised, crashed or did not return, 130 interrupted.
     """
     given = locals()
     require_modules()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from nearpeak_bench import compiling, runner, table
-from nearpeak_bench.cases import Case, compiled
-from toys import PEAKS, SETTINGS, measurement, run
+from nearpeak_bench import compiling, table
+from nearpeak_bench.cases import compiled
+from toys import measurement, run
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def test_first_call_is_cold_or_cached_as_the_compiler_says(doubling, counters, w
     assert measurement(run(doubling), "nearpeak").compile_cold is None
 
 
-def test_compiled_baseline_is_compiled_again_from_its_cache(doubling, counters, monkeypatch):
+@pytest.mark.parametrize("asked", [True, False], ids=["full", "quick"])
+def test_compiled_baseline_is_compiled_again_from_its_cache_if_asked(doubling, counters, monkeypatch, asked):
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     prepared = []
 
@@ -40,13 +41,13 @@ def test_compiled_baseline_is_compiled_again_from_its_cache(doubling, counters, 
         return lambda: x + x
 
     doubling.implementation("torch.compile", baseline=True, compiled=True)(prepare)
-    row = run(doubling)
+    row = run(doubling, cached_compile=asked)
     both = measurement(row, "torch.compile")
     assert both.compile_cold > 0
-    assert both.compile_cached > 0
+    assert (both.compile_cached is not None) == asked
     shown = table.suite_table("norm", [row])
     assert shown.headers[-1] == "compile"
-    assert shown.lines[0].cells[-1].endswith(" cached)")
+    assert shown.lines[0].cells[-1].endswith(" cached)") == asked
 
 
 def test_table_without_a_compiler_has_no_column_of_it(doubling):
@@ -72,6 +73,5 @@ def test_inductor_s_cold_and_cached_times(doubling, monkeypatch, tmp_path):
         function = compiled(lambda x: x + x)
         return lambda: function(x)
 
-    row = runner.run_case("norm", Case(doubling, {"size": 1000}, torch.float32), SETTINGS, PEAKS)
-    both = measurement(row, "torch.compile")
+    both = measurement(run(doubling, cached_compile=True), "torch.compile")
     assert 0 < both.compile_cached < both.compile_cold

@@ -113,6 +113,13 @@ def test_worker_serves_many_calls_and_is_replaced_after_a_loss():
         assert caught.value.turn == "spinner"
 
 
+def test_worker_leaves_no_semaphores_behind():
+    with worker.Worker(worker.Limits(seconds=60.0)) as process:
+        semaphore = pathlib.Path("/dev/shm", process.call(wrecks.lock))
+        assert semaphore.exists()
+    assert not semaphore.exists()
+
+
 def test_loss_outside_of_any_implementation_loses_the_row(doubling):
     class Losing:
         def call(self, *arguments, say):

@@ -146,6 +146,17 @@ def test_peaks_fall_back_to_torch_without_the_extension(monkeypatch):
     assert measured.read[2**16] > 0
 
 
+def test_smaller_footprint_has_at_least_a_larger_one_s_bandwidth(monkeypatch):
+    rates = {2**15: 1e8, 2**20: 3e10, 2**25: 1e10, 2**26: 2e10}
+    monkeypatch.setattr(peaks, "FOOTPRINTS", tuple(rates))
+    monkeypatch.setattr(peaks, "_native", lambda *arguments: 0.0)
+    monkeypatch.setattr(peaks, "_matmul_rate", lambda *arguments: 1e11)
+    monkeypatch.setattr(peaks, "_bandwidth", lambda footprint, device: (rates[footprint], 2 * rates[footprint]))
+    measured = peaks.measure(CPU)
+    assert measured.copy == {2**15: 3e10, 2**20: 3e10, 2**25: 2e10, 2**26: 2e10}
+    assert measured.read == {footprint: 2 * rate for footprint, rate in measured.copy.items()}
+
+
 def test_memory_counts_temporaries_and_neither_inputs_nor_outputs(doubling):
     size = 2**23
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from nearpeak_bench import caches, command, options, repeat, results, runner, suites, timing, variants
+from nearpeak_bench import caches, command, options, repeat, results, runner, suites, table, timing, variants
 from nearpeak_bench.cases import Case, Variant, Work
 from toys import CPU, PEAKS, SETTINGS, bench, interrupt_second_case, invoke, measurement
 
@@ -66,6 +66,18 @@ def test_command_keeps_what_shaped_the_row_and_leaves_out_what_chose_it(doubling
         "NEARPEAK_ISA=avx2 nearpeak bench --case doubling-10-float32-forward --shapes 'my model/config.json' "
         "--add mine.py --memory-limit 2.5 --time-limit 9 --full --no-isolate"
     )
+
+
+def test_models_rows_share_the_command_that_repeats_them(monkeypatch):
+    for name in repeat.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    command = repeat.model_command(options.Options(full=True))
+    assert command == "OMP_NUM_THREADS=2 nearpeak bench model --full"
+    shown = table.model_table({"rows": [{"model": "a"}, {"model": "b"}], "command": command})
+    assert shown.commands == [command]
+    assert all(line.command == command for line in shown.lines)
+    assert table.model_table({"rows": [{"model": "a"}]}).commands == [], "results of earlier versions have none"
 
 
 def test_case_of_a_model_s_shapes_is_found_by_its_command_s_options(toy_suite):

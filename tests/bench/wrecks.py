@@ -1,5 +1,6 @@
 """What a worker is asked to do and to survive: in a module of its own, which its process imports at once."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -21,6 +22,12 @@ def breathe(watch, seconds):
 
 def swell(watch):
     return bytearray(2**40) and None
+
+
+def lock(watch):
+    """Keeps a semaphore, as tqdm does, and tells its file's name."""
+    lock.kept = multiprocessing.Lock()
+    return f"sem.{lock.kept._semlock.name.removeprefix('/')}"
 
 
 def fall(watch):

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../../cpu/past_cache.h"
 #include "../../cpu/vector.h"
 
 namespace nearpeak::norm::NEARPEAK_ISA {

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "../../cpu/past_cache.h"
 #include "../../cpu/register_tiles.h"
 #include "../../cpu/tiles.h"
 
@@ -32,7 +33,8 @@ double multiply_add_vectors(int64_t rounds) {
 double multiply_add_tiles(int64_t rounds) {
     constexpr int64_t kRowBytes = 64;
     const bfloat16 zeros[kTileRows * kTileDepth] = {};
-    TileUnit unit;
+    [[maybe_unused]] const TileUnit unit;
+    finish_stores();
     load_left<0>(zeros, kRowBytes);
     load_left<1>(zeros, kRowBytes);
     load_right<0>(zeros, kRowBytes);
