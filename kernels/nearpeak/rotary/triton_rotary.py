@@ -18,6 +18,8 @@ THREADS = 128
 
 
 class Tile(NamedTuple):
+    """What one program turns at once."""
+
     rows: int  # positions
     block: int  # pairs, a power of two
     threads: int
@@ -119,12 +121,14 @@ def _rotate(
 
 
 def apply_rotary(query, key, cos, sin, interleaved, inverse):
+    """query and key (batch, heads, sequence, head_dim), turned by tables ([batch,] sequence, head_dim / 2)."""
     out_query, out_key = operators.empty_laid_out_like(query), operators.empty_laid_out_like(key)
     _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse)
     return out_query, out_key
 
 
 def apply_rotary_(query, key, cos, sin, interleaved, inverse):
+    """As `apply_rotary`, in place."""
     _launch(query, key, query, key, cos, sin, interleaved, inverse)
 
 
