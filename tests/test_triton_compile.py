@@ -21,8 +21,8 @@ from nearpeak_bench.inspect.targets import TARGETS
 
 BFLOAT, SINGLE = torch.bfloat16, torch.float32
 
-# Before 3.7 a few words that are needed behind a loop may wait in memory meanwhile: 24 bytes a thread at most in a
-# sample of EVERY, 8 to 16 in a few of its float32 kernels.
+# Before 3.7 a few words that are needed behind a loop may wait in memory meanwhile: 24 bytes a thread at most in
+# CHOSEN and a sample of EVERY.
 SPILLS_AROUND_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
 TERMS = ("mask", "bias", "alibi", "sinks")

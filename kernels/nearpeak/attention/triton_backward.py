@@ -291,16 +291,14 @@ def _add_rows(
     statistics_ptr, rows_in_all, begin, end, window_left, window_right, factor, softcap, OFFSET: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, SEVERAL: tl.constexpr = True,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Walk over the row tiles of begin..end. Scores lie as (key, row), so that no operand is turned in registers.
-
-    Unless SEVERAL tiles are to be expected none is loaded ahead: its addresses would be kept through the loop before.
 
     Keys behind the last one need no mask: what they make, NaN included, reaches their own rows of dK and dV alone.
     """
     d_key, d_value = state  # [N, D], [N, V]
-    for start in tl.range(begin, end, BLOCK_M, num_stages=None if SEVERAL else 1):
+    for start in range(begin, end, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < end
         head, index = (row % GROUP).to(OFFSET)[:, None], (row // GROUP).to(OFFSET)[:, None]
@@ -377,7 +375,7 @@ def _add_window_of_rows(
         state, k, v, keys, terms, batch, chosen, span, query_ptr, query_head, query_step,
         grad_ptr, grad_head, grad_step, statistics_ptr, rows_in_all, whole_end, end, window_left, window_right,
         factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True, SEVERAL=HAS_LEFT or EXACT,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True,
     )  # fmt: skip
 
 
