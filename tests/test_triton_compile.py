@@ -21,9 +21,9 @@ from nearpeak_bench.inspect.targets import TARGETS
 
 BFLOAT, SINGLE = torch.bfloat16, torch.float32
 
-# Before 3.7 a few words that are needed behind a loop may wait in memory meanwhile: 24 bytes a thread at most in
-# CHOSEN and a sample of EVERY.
-SPILLS_AROUND_LOOPS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+# Bytes a thread. The tiles are chosen for current compilers: before 3.7 some kernels keep a few words in memory, at
+# most 24 bytes in CHOSEN and in a sample of EVERY.
+MOST_SPILLED = 32 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 
 TERMS = ("mask", "bias", "alibi", "sinks")
 
@@ -120,19 +120,11 @@ def pairs(cases):
     return [pytest.param(case, target, id=f"{case.name} {target}") for case, target in cases]
 
 
-def spills(code):
-    """Whether a kernel waits for its spilled registers."""
-    if not SPILLS_AROUND_LOOPS:
-        return code.spilled > 0
-    loop = [code.listing.instructions[index] for index in code.listing.hot]
-    return any(each.stem in ("LDL", "STL") or each.stem.startswith("scratch_") for each in loop)
-
-
 def check(case, target):
     codes = compile_case(case, TARGETS[target])
     assert codes
     for code in codes:
-        assert not spills(code), f"{code.kernel} spills {code.spilled} bytes"
+        assert code.spilled <= MOST_SPILLED, f"{code.kernel} spills {code.spilled} bytes"
         assert code.shared <= TARGETS[target].shared_limit, f"{code.kernel} takes {code.shared} bytes of shared memory"
     if case.wide:
         assert all(code.load == 16 for code in codes), f"loads of {[code.load for code in codes]} bytes"
