@@ -46,7 +46,7 @@ CUDA_FAMILIES = ("norm", "rotary")
 CUDA_TARGETS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 # GCC 12 warns of its own AVX-512 headers, and of torch's.
-WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unused-parameter"]
 
 
 def compiler():

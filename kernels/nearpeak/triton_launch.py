@@ -31,6 +31,7 @@ INTERPRETED = Device(architecture=80, processors=4)
 
 @functools.cache
 def describe(device: torch.device) -> Device:
+    """What tile sizes depend on, of a device."""
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)

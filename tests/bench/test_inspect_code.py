@@ -71,11 +71,12 @@ def test_a_loop_holds_what_lies_out_of_line():
 
 
 def test_matrix_work_counts_before_traffic_and_leaner_loops_before_padded_ones():
-    masked = [".L_x_1:", " ISETP P0, R1, R2 ;", " HMMA.16816.F32.BF16 R4, R8, R10, R4 ;", " @P0 BRA `(.L_x_1) ;"]
-    whole = [".L_x_2:", " HMMA.16816.F32.BF16 R4, R8, R10, R4 ;", " @P0 BRA `(.L_x_2) ;"]
+    product = " HMMA.16816.F32.BF16 R4, R8, R10, R4 ;"
+    masked = [".L_x_1:", " ISETP P0, R1, R2 ;", " LDG.E R12, [R2] ;", product, " @P0 BRA `(.L_x_1) ;"]
+    whole = [".L_x_2:", product, " @P0 BRA `(.L_x_2) ;"]
     copying = [".L_x_3:", " LDG.E.128 R4, [R2] ;", " STG.E.128 [R2], R4 ;", " @P0 BRA `(.L_x_3) ;", " EXIT ;"]
     parsed = sass.parse("\n".join([*masked, *whole, *copying]))
-    assert loops.hottest(parsed) == [3, 4]
+    assert loops.hottest(parsed) == [4, 5]
 
 
 def test_a_program_without_loops_has_no_hottest_one():

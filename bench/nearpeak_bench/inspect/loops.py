@@ -2,8 +2,8 @@
 
 A loop is natural: a way back to an instruction that every way there passes (its header), with all that leads from the
 header to that way (Aho, Lam, Sethi, Ullman, "Compilers", 9.6). Of those without a loop inside, the hottest has the most
-matrix work, then the most traffic; of loops with the same work, as those of masked and whole blocks, the one with fewer
-instructions runs more often.
+matrix work, or where no loop has any the most traffic; of loops with the same work, as those of masked and whole
+blocks, the one with fewer instructions runs more often.
 """
 
 import networkx
@@ -22,7 +22,9 @@ def _heat(loop: set[int], instructions: list[Instruction]) -> tuple:
     flops = sum(use.flops for use in uses)
     # Where shapes are unknown, their number has to do.
     products = sum(use.group == "matrix" for use in uses)
-    return flops, products, sum(use.loaded + use.stored for use in uses), sum(use.moved for use in uses), -len(loop)
+    if flops or products:
+        return flops, products, -len(loop)
+    return 0, 0, sum(use.loaded + use.stored for use in uses), sum(use.moved for use in uses), -len(loop)
 
 
 def flow(instructions: list[Instruction]) -> networkx.DiGraph:

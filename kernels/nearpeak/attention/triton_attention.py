@@ -47,6 +47,7 @@ def attention(
     query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
     query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
 ):  # fmt: skip
+    """out (batch, heads, query length, value's head_dim) and lse (batch, heads, query length)."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
     if _plain_serves(query, value, dropout_seed):
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
@@ -149,6 +150,7 @@ def attention_backward(
     mask=None, bias=None, alibi_slopes=None, sinks=None,
     query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
 ):  # fmt: skip
+    """dQ, dK and dV, of the shapes of query, key and value, and dbias, of bias's shape or empty."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
     if _plain_serves(query, value, dropout_seed) or _plain_differentiates(*starts):
         tensors = grad_out, grad_lse, query, key, value, out, lse

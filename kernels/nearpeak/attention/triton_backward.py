@@ -35,7 +35,7 @@ from .triton_terms import biased, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
-def probability(product, lse, allowed, terms, keys, inside, factor, softcap, MASKED: tl.constexpr):
+def probability(product, lse, allowed, terms, places, keys, inside, factor, softcap, MASKED: tl.constexpr):
     """exp(score - lse), zero where not allowed, and the score in units of its softcap. lse: in base 2.
 
     factor: with a softcap scale / softcap, without scale log2(e). inside: which keys there are, None for all.
@@ -44,7 +44,7 @@ def probability(product, lse, allowed, terms, keys, inside, factor, softcap, MAS
     if softcap is not None:
         product = tanh(score)
         score = product * (softcap * LOG2_E)
-    exponent = biased(score, terms, keys, inside) - lse
+    exponent = biased(score, terms, places, keys, inside) - lse
     if terms.bias is not None:
         # A row whose keys all have the most negative bias: its lse has no digits left, and must not make infinity of P.
         exponent = tl.minimum(exponent, 0.0)
@@ -53,7 +53,7 @@ def probability(product, lse, allowed, terms, keys, inside, factor, softcap, MAS
         # Not the score but its probability: a scale of 0 would make NaN of a score of -inf.
         p = tl.where(allowed, p, 0.0)
     if terms.mask is not None:
-        p = tl.where(unmasked(terms, keys, inside), p, 0.0)
+        p = tl.where(unmasked(terms, places, keys, inside), p, 0.0)
     return p, product
 
 
@@ -133,8 +133,8 @@ def load_statistic(pointer, inside, outside, MASKED: tl.constexpr):
 
 @triton.jit
 def _add_keys(
-    state, q, grad, lse, delta, grad_lse, terms, key_ptr, value_ptr, key_step, value_step, begin, end, key_length,
-    lowest, highest, factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, EXACT: tl.constexpr,
+    state, q, grad, lse, delta, grad_lse, terms, places, key_ptr, value_ptr, key_step, value_step, begin, end,
+    key_length, lowest, highest, factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, EXACT: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,9 @@ def _add_keys(
         product = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         among = (keys < key_length)[None, :] if MASKED else None
         terms_keys = (start // BLOCK_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # so that their loads may be wide
-        p, capped = probability(product, lse[:, None], allowed, terms, terms_keys, among, factor, softcap, MASKED)
+        p, capped = probability(
+            product, lse[:, None], allowed, terms, places, terms_keys, among, factor, softcap, MASKED
+        )
         if EXACT:
             total += tl.sum(p, axis=1)
         d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")  # [M, N]
@@ -167,7 +169,7 @@ def _add_keys(
 
 @triton.jit
 def _add_window_of_keys(
-    state, q, grad, lse, delta, grad_lse, terms, key_ptr, value_ptr, key_step, value_step, tile, span,
+    state, q, grad, lse, delta, grad_lse, terms, places, key_ptr, value_ptr, key_step, value_step, tile, span,
     window_left, window_right, factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -181,7 +183,7 @@ def _add_window_of_keys(
     begin, whole = 0, 0
     if HAS_LEFT:
         begin = tl.maximum(first - window_left, 0)
-        if terms.mask is not None or terms.bias is not None or terms.slope is not None:
+        if terms.mask is not None or terms.bias is not None or terms.slopes is not None:
             begin = begin // BLOCK_N * BLOCK_N
         whole = begin + rounded_up(tl.maximum(last - window_left - begin, 0), BLOCK_N)
     end, whole_end = key_length, key_length
@@ -196,18 +198,18 @@ def _add_window_of_keys(
         highest = tl.minimum(highest, (position + window_right)[:, None])
     if HAS_LEFT:
         state = _add_keys(
-            state, q, grad, lse, delta, grad_lse, terms, key_ptr, value_ptr, key_step, value_step, begin, whole,
-            key_length, lowest, highest, factor, softcap, OFFSET, HAS_LEFT, EXACT,
+            state, q, grad, lse, delta, grad_lse, terms, places, key_ptr, value_ptr, key_step, value_step,
+            begin, whole, key_length, lowest, highest, factor, softcap, OFFSET, HAS_LEFT, EXACT,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True,
         )  # fmt: skip
     state = _add_keys(
-        state, q, grad, lse, delta, grad_lse, terms, key_ptr, value_ptr, key_step, value_step, whole, whole_end,
-        key_length, None, None, factor, softcap, OFFSET, HAS_LEFT, EXACT,
+        state, q, grad, lse, delta, grad_lse, terms, places, key_ptr, value_ptr, key_step, value_step,
+        whole, whole_end, key_length, None, None, factor, softcap, OFFSET, HAS_LEFT, EXACT,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False,
     )  # fmt: skip
     return _add_keys(
-        state, q, grad, lse, delta, grad_lse, terms, key_ptr, value_ptr, key_step, value_step, whole_end, end,
-        key_length, lowest, highest, factor, softcap, OFFSET, HAS_LEFT, EXACT,
+        state, q, grad, lse, delta, grad_lse, terms, places, key_ptr, value_ptr, key_step, value_step,
+        whole_end, end, key_length, lowest, highest, factor, softcap, OFFSET, HAS_LEFT, EXACT,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True,
     )  # fmt: skip
 
@@ -266,7 +268,7 @@ def differentiate_query(
         grad_lse = load_statistic(statistics + 2 * rows_in_all, inside, 0.0, True)
     d_query, total = _add_window_of_keys(
         (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), _share_of_sinks(terms, row, chosen, lse, GROUP)),
-        q, grad, lse, delta, grad_lse, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
+        q, grad, lse, delta, grad_lse, terms, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
         block_of(key_ptr, batch, chosen, span[2], key_batch, key_head, key_step, VECTOR),
         block_of(value_ptr, batch, chosen, span[2], value_batch, value_head, value_step, VECTOR),
         key_step.to(tl.int64) * VECTOR, value_step.to(tl.int64) * VECTOR,
@@ -319,10 +321,10 @@ def _add_rows(
             if HAS_LEFT:
                 allowed &= keys[:, None] >= position - window_left
         product = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
-        terms_here = places_of_tile(terms, row[None, :], batch, chosen, span, GROUP)
+        places = places_of_tile(terms, row[None, :], batch, chosen, span, GROUP)
         among = (keys < span[3])[:, None]
         p, capped = probability(
-            product, lse[None, :], allowed, terms_here, keys[:, None], among, factor, softcap, MASKED
+            product, lse[None, :], allowed, terms, places, keys[:, None], among, factor, softcap, MASKED
         )
         if EXACT:
             p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, MASKED)[None, :]

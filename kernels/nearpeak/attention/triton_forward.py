@@ -25,19 +25,19 @@ from .triton_terms import biased, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
-def _scores(product, terms, keys, inside, factor, softcap):
+def _scores(product, terms, places, keys, inside, factor, softcap):
     """Scores, and by what they are to be multiplied to be in units of log2: most often with the maximum alone."""
     if softcap is not None:
         product, factor = tanh(product * factor) * (softcap * LOG2_E), 1.0
-    if terms.bias is not None or terms.slope is not None:
-        product, factor = biased(product * factor, terms, keys, inside), 1.0
+    if terms.bias is not None or terms.slopes is not None:
+        product, factor = biased(product * factor, terms, places, keys, inside), 1.0
     return product, factor
 
 
 @triton.jit
 def _attend(
-    state, q, terms, key_ptr, value_ptr, key_step, value_step, begin, end, key_length, lowest, highest, factor, softcap,
-    OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    state, q, terms, places, key_ptr, value_ptr, key_step, value_step, begin, end, key_length, lowest, highest,
+    factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Walk over the key blocks of begin..end. lowest, highest: [M, 1], the keys that each row may look at."""
@@ -52,14 +52,14 @@ def _attend(
         s = tl.dot(q, k, input_precision="ieee")  # [M, N]
         among = inside[None, :] if MASKED else None
         terms_keys = (start // BLOCK_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # so that their loads may be wide
-        s, scores_factor = _scores(s, terms, terms_keys, among, factor, softcap)
+        s, scores_factor = _scores(s, terms, places, terms_keys, among, factor, softcap)
         if MASKED:
             allowed = keys[None, :] <= highest
             if HAS_LEFT:
                 allowed &= keys[None, :] >= lowest
             s = tl.where(allowed, s, float("-inf"))
         if terms.mask is not None:
-            s = tl.where(unmasked(terms, terms_keys, among), s, float("-inf"))
+            s = tl.where(unmasked(terms, places, terms_keys, among), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scores_factor)
         shift = new_top
         if MASKED or terms.mask is not None or terms.bias is not None:
@@ -128,20 +128,20 @@ def _attend_window(
     if HAS_LEFT:
         row = _rows(tile, state[2], BLOCK_M)
         state = _attend(
-            state, q, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
+            state, q, terms, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
             key_ptr, value_ptr, key_step, value_step, begin, whole, key_length,
             (row // GROUP + shift - window_left)[:, None],
             _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),
             factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, True,
         )  # fmt: skip
     state = _attend(
-        state, q, places_of_tile(terms, _rows(tile, state[2], BLOCK_M)[:, None], batch, chosen, span, GROUP),
+        state, q, terms, places_of_tile(terms, _rows(tile, state[2], BLOCK_M)[:, None], batch, chosen, span, GROUP),
         key_ptr, value_ptr, key_step, value_step, whole, whole_end, key_length, None, None,
         factor, softcap, OFFSET, HAS_LEFT, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_N, False,
     )  # fmt: skip
     row = _rows(tile, state[2], BLOCK_M)
     return _attend(
-        state, q, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
+        state, q, terms, places_of_tile(terms, row[:, None], batch, chosen, span, GROUP),
         key_ptr, value_ptr, key_step, value_step, whole_end, end, key_length,
         (row // GROUP + shift - window_left)[:, None],
         _highest(row, shift, key_length, window_right, HAS_RIGHT, GROUP),

@@ -24,6 +24,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(query, query_starts=None, key_starts=None, key_ends=None):
+    """The kernels' argument for (sequences + 1,) starts and (sequences,) or (batch,) ends, None where not given."""
     _check(query, query_starts, key_starts, key_ends)
     sequences = 0 if query_starts is None else query_starts.numel() - 1
     dense = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_ends))
@@ -48,6 +49,7 @@ def tiles(bounds, extent, tile):
 
 @triton.jit
 def tiles_of(bounds, extent, TILE: tl.constexpr):
+    """As `tiles`, in a kernel."""
     if bounds.query_starts is not None:
         return extent // TILE + bounds.sequences
     else:

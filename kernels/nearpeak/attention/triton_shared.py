@@ -35,6 +35,7 @@ def load_tile(rows, columns, row_inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def rounded_up(n, BLOCK_N: tl.constexpr):
+    """n as a multiple of BLOCK_N, not below n."""
     return tl.cdiv(n, BLOCK_N) * BLOCK_N
 
 
@@ -51,6 +52,7 @@ def addresses(
 
 @triton.jit
 def shifted(pointer, rows, step, VECTOR: tl.constexpr):
+    """The pointer, so many rows further."""
     return pointer + tl.cast(rows, tl.int64) * step * VECTOR
 
 

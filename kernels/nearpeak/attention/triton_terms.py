@@ -16,62 +16,66 @@ from .triton_shared import LOG2_E
 MOST_NEGATIVE = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
-class Pairs(NamedTuple):
-    """A mask or bias of (batch, heads, query length, key length), and its strides."""
-
-    pointer: object
-    batch: int
-    head: int
-    row: int
-    key: int
-
-
 class Terms(NamedTuple):
-    """A kernel's argument: what one call adds to the scores, None for what it does not."""
+    """A kernel's argument: what one call adds to the scores, None for what it does not.
 
-    mask: Pairs | None
-    bias: Pairs | None
+    All in one tuple: Triton before 3.7 forgets inside a loop the constants of a tuple in a tuple.
+    """
+
+    mask: object  # (batch, heads, query length, key length)
+    mask_batch: int | None  # strides
+    mask_head: int | None
+    mask_row: int | None
+    mask_key: int | None
+    bias: object  # as the mask
+    bias_batch: int | None
+    bias_head: int | None
+    bias_row: int | None
+    bias_key: int | None
     slopes: object  # (heads,) or (batch, heads), dense
     slopes_batch: int
     sinks: object  # (heads,), dense
 
 
 class Places(NamedTuple):
-    """Where the terms of a tile's rows lie; each member spreads over the tile's keys."""
+    """Where the terms of a tile's rows lie; each member spreads over the tile's keys.
+
+    Of a term that a call does not have it holds a 0 that nobody reads: before Triton 3.7 a function cannot return None
+    in a tuple.
+    """
 
     mask: object
-    mask_key: object
     bias: object
-    bias_key: object
     slope: object
     position: object
 
 
-def pairs(tensor):
-    """A tensor as a kernel's argument; a size of 1 broadcasts."""
+def _strides(tensor):
+    """Of a mask or bias, in which a size of 1 broadcasts."""
     if tensor is None:
-        return None
-    strides = (0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return Pairs(tensor, *strides)
+        return (None,) * 4
+    return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def terms(mask=None, bias=None, alibi_slopes=None, sinks=None):
+    """The kernels' argument for a mask and bias of four dimensions, slopes ([batch,] heads) and sinks (heads,)."""
     slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     slopes_batch = slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0
-    return Terms(pairs(mask), pairs(bias), slopes, slopes_batch, None if sinks is None else sinks.contiguous())
+    sinks = None if sinks is None else sinks.contiguous()
+    return Terms(mask, *_strides(mask), bias, *_strides(bias), slopes, slopes_batch, sinks)
 
 
 WIDE = 16  # elements, and bytes of an address, whose multiples the compiler knows
 
 
-def _loads_wide(pairs) -> bool:
-    aligned = all(stride % WIDE == 0 for stride in pairs[1:4]) and pairs.pointer.data_ptr() % WIDE == 0
-    return aligned and pairs.key == 1
+def _loads_wide(tensor) -> bool:
+    *steps, key_step = _strides(tensor)
+    return key_step == 1 and all(step % WIDE == 0 for step in steps) and tensor.data_ptr() % WIDE == 0
 
 
 def crowding(terms, bounds) -> int:
     """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2."""
-    read = [pairs for pairs in (terms.mask, terms.bias) if pairs is not None]
+    read = [tensor for tensor in (terms.mask, terms.bias) if tensor is not None]
     if len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0]):
         return 1
     return 2 if read else 0
@@ -85,22 +89,24 @@ def in_base_2(term):
 
 
 @triton.jit
-def _rows_of(pairs, batch, head, index, key):
-    start = pairs.pointer + tl.cast(batch, tl.int64) * pairs.batch + tl.cast(key, tl.int64) * pairs.key
-    return start + head.to(tl.int64) * pairs.head + index.to(tl.int64) * pairs.row
+def _rows(pointer, batch_step, head_step, row_step, key_step, batch, head, index, key):
+    start = pointer + tl.cast(batch, tl.int64) * batch_step + tl.cast(key, tl.int64) * key_step
+    return start + head.to(tl.int64) * head_step + index.to(tl.int64) * row_step
 
 
 @triton.jit
 def places(terms, batch, head, index, first_key, position):
     """Of rows of any shape that spreads over keys: their heads, and their indices and positions, which may differ."""
-    mask, mask_key, bias, bias_key, slope = None, None, None, None, None
+    mask, bias, slope = 0, 0, 0
     if terms.mask is not None:
-        mask, mask_key = _rows_of(terms.mask, batch, head, index, first_key), terms.mask.key
+        steps = terms.mask_batch, terms.mask_head, terms.mask_row, terms.mask_key
+        mask = _rows(terms.mask, *steps, batch, head, index, first_key)
     if terms.bias is not None:
-        bias, bias_key = _rows_of(terms.bias, batch, head, index, first_key), terms.bias.key
+        steps = terms.bias_batch, terms.bias_head, terms.bias_row, terms.bias_key
+        bias = _rows(terms.bias, *steps, batch, head, index, first_key)
     if terms.slopes is not None:
         slope = tl.load(terms.slopes + batch * terms.slopes_batch + head).to(tl.float32) * LOG2_E
-    return Places(mask, mask_key, bias, bias_key, slope, position)
+    return Places(mask, bias, slope, position)
 
 
 @triton.jit
@@ -120,19 +126,19 @@ def _load(rows, keys, step, inside):
 
 
 @triton.jit
-def biased(score, places, keys, inside):
+def biased(score, terms, places, keys, inside):
     """The score, in units of log2, with what is added to it. inside: None where all keys are."""
-    if places.bias is not None:
-        score += in_base_2(_load(places.bias, keys, places.bias_key, inside))
-    if places.slope is not None:
+    if terms.bias is not None:
+        score += in_base_2(_load(places.bias, keys, terms.bias_key, inside))
+    if terms.slopes is not None:
         score -= places.slope * tl.abs(keys - places.position).to(tl.float32)
     return score
 
 
 @triton.jit
-def unmasked(places, keys, inside):
+def unmasked(terms, places, keys, inside):
     """Where the boolean mask lets a row look at a key."""
-    return _load(places.mask, keys, places.mask_key, inside) != 0
+    return _load(places.mask, keys, terms.mask_key, inside) != 0
 
 
 @triton.jit

@@ -10,6 +10,8 @@ import triton
 
 
 class Tile(NamedTuple):
+    """What one program takes at once, and with how many warps."""
+
     rows: int  # (query position, head) pairs
     keys: int
     warps: int
@@ -156,6 +158,7 @@ def _backward_tiles(head_dim, itemsize, architecture):
 
 
 def bias_gradient_tile(head_dim: int, itemsize: int, architecture: int | str) -> Tile:
+    """What one program of the kernel that makes dbias takes at once; rows are positions of one head."""
     table = BIAS_GRADIENT_AMD if isinstance(architecture, str) else BIAS_GRADIENT
     return table[itemsize][max(64, padded(head_dim))]
 

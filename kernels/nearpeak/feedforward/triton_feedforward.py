@@ -146,32 +146,38 @@ def _run_backward(grad, gate, up, d_gate, d_up, kind):
 
 
 def activation(x, kind):
+    """f(x), of x's shape."""
     return gated_activation(x, None, kind)
 
 
 def gated_activation(gate, up, kind):
+    """f(gate) up, of gate's shape; without up f(gate)."""
     y = operators.empty_laid_out_like(gate)
     _run_forward(gate, up, y, kind)
     return y
 
 
 def packed_gated_activation(packed, kind, up_first):
+    """f(gate) up of packed (..., 2 width): (..., width)."""
     return gated_activation(*halves(packed, up_first), kind)
 
 
 def activation_backward(grad, x, kind):
+    """dx = grad f'(x), of x's shape."""
     d_x = operators.empty_laid_out_like(x)
     _run_backward(grad, x, None, d_x, d_x, kind)
     return d_x
 
 
 def gated_activation_backward(grad, gate, up, kind):
+    """dgate = grad up f'(gate) and dup = grad f(gate), of gate's shape."""
     d_gate, d_up = operators.empty_laid_out_like(gate), operators.empty_laid_out_like(gate)
     _run_backward(grad, gate, up, d_gate, d_up, kind)
     return d_gate, d_up
 
 
 def packed_gated_activation_backward(grad, packed, kind, up_first):
+    """dgate and dup side by side, of packed's shape (..., 2 width)."""
     d_packed = operators.empty_laid_out_like(packed)
     _run_backward(grad, *halves(packed, up_first), *halves(d_packed, up_first), kind)
     return d_packed

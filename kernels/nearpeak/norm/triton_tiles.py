@@ -20,6 +20,8 @@ RESIDENT_THREADS = 1024  # per processor, for kernels whose programs walk over t
 
 
 class Tile(NamedTuple):
+    """What one program takes at once."""
+
     rows: int
     block: int  # columns, a power of two
     threads: int
@@ -35,6 +37,7 @@ def forward_tile(width: int, itemsize: int) -> Tile:
 
 
 def backward_tile(width: int) -> Tile:
+    """As `forward_tile`, of the backward kernels."""
     return _tile(width, WHOLE_ROW_BACKWARD, PER_THREAD_BACKWARD)
 
 

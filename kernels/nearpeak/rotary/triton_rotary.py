@@ -18,6 +18,8 @@ THREADS = 128
 
 
 class Tile(NamedTuple):
+    """What one program turns at once."""
+
     rows: int  # positions
     block: int  # pairs, a power of two
     threads: int
@@ -127,6 +129,7 @@ def _rotate(
 
 
 def apply_rotary(query, key, cos, sin, interleaved, inverse, rotary_dim):
+    """query and key (batch, heads, sequence, head_dim), turned by tables ([batch,] sequence, rotary_dim / 2)."""
     out_query, out_key = operators.empty_laid_out_like(query), operators.empty_laid_out_like(key)
     rest = query.shape[3] - rotary_dim
     _launch(query, key, out_query, out_key, cos, sin, interleaved, inverse, rotary_dim, rest)
@@ -134,6 +137,7 @@ def apply_rotary(query, key, cos, sin, interleaved, inverse, rotary_dim):
 
 
 def apply_rotary_(query, key, cos, sin, interleaved, inverse, rotary_dim):
+    """As `apply_rotary`, in place."""
     _launch(query, key, query, key, cos, sin, interleaved, inverse, rotary_dim, 0)
 
 

@@ -59,15 +59,11 @@ def flash_attn_with_kvcache(
     _check_cache(q, k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table)
     _check_new(q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin)
     lengths = _lengths(q, k_cache, cache_seqlens, block_table)
-    new_length = 0 if k is None else k.shape[1]
-    cache = _Cache(k_cache, v_cache, lengths + new_length, cache_batch_idx, cache_leftpad, block_table)
+    ends = lengths if k is None else lengths + k.shape[1]
+    cache = _Cache(k_cache, v_cache, ends, cache_batch_idx, cache_leftpad, block_table)
     if rotary_cos is not None:
         moves = causal or options["window"] != (None, None)
-        query_rows = torch.arange(q.shape[1], device=q.device) * int(moves) + lengths[:, None]
-        key_rows = torch.arange(new_length, device=q.device) + lengths[:, None]
-        _check_rows(rotary_cos, query_rows, key_rows)
-        q = _turned(q, rotary_cos, rotary_sin, query_rows, rotary_interleaved)
-        k = _turned(k, rotary_cos, rotary_sin, key_rows, rotary_interleaved)
+        q, k = _turned_by_position(q, k, rotary_cos, rotary_sin, lengths, moves, rotary_interleaved)
     if k is not None:
         cache.append(k, v, lengths)
     key, value = cache.tensors()
@@ -129,6 +125,14 @@ class _Cache:
             return tuple(cache[:, : self.longest][self.entries] for cache in (self.keys, self.values))
         batch = self.ends.shape[0]
         return self.keys[:batch], self.values[:batch]
+
+
+def _turned_by_position(q, k, cos, sin, lengths, moves, interleaved):
+    """Queries and new keys, turned by rows of the tables from lengths on; without `moves` all queries by the first."""
+    query_rows = torch.arange(q.shape[1], device=q.device) * int(moves) + lengths[:, None]
+    key_rows = torch.arange(k.shape[1], device=q.device) + lengths[:, None]
+    _check_rows(cos, query_rows, key_rows)
+    return _turned(q, cos, sin, query_rows, interleaved), _turned(k, cos, sin, key_rows, interleaved)
 
 
 def _turned(x, cos, sin, rows, interleaved):
