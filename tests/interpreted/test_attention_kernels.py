@@ -15,9 +15,9 @@ SPLIT = Case(1, 1100, head_dim=64, heads=4)
 CASES = [
     *(Case(head_dim=head_dim, causal=True) for head_dim in (1, 17, 64, 80, 256)),
     *(Case(1, 97, head_dim=head_dim, heads=4) for head_dim in (1, 17, 80)),
-    # Eight queries: of one, with AVX-512 also of two, the plain layer makes matrix-vector products, which sum head_dim
-    # in more parts than a matrix product does, here or on a GPU, and so are 1.6 times as exact in float32.
-    Case(8, 97, head_dim=256, heads=4),
+    # Forty queries: of one or two, on Intel's processors of eight too, the plain layer's products sum head_dim in more
+    # parts than those of whole matrices do, here or on a GPU, and so are up to 1.9 times as exact in float32.
+    Case(40, 97, head_dim=256, heads=4),
     *(Case(5, 19, heads=heads, key_heads=kv, batch=2, causal=True) for heads, kv in ((1, 1), (3, 1), (6, 2), (8, 8))),
     *(
         Case(q, k, heads=3, causal=causal)

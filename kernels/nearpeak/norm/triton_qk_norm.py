@@ -141,6 +141,7 @@ def _vector(width, *tensors):
 
 
 def qk_norm(query, key, query_weight, key_weight, eps, offset, cast_first):
+    """y of query and of key, of their shapes, whose last dimension is head_dim; weights (head_dim,) or None."""
     if forward_tile(query.shape[3], query.element_size()).block < query.shape[3]:  # more than a program holds
         formula = eps, offset, cast_first
         return triton_norm.rms_norm(query, query_weight, *formula), triton_norm.rms_norm(key, key_weight, *formula)
@@ -162,6 +163,7 @@ def qk_norm(query, key, query_weight, key_weight, eps, offset, cast_first):
 
 
 def qk_norm_backward(grad_query, grad_key, query, key, query_weight, key_weight, eps, offset):
+    """d_query, d_key, and the weights' gradients (head_dim,), empty without a weight."""
     if backward_tile(query.shape[3]).block < query.shape[3]:
         d_query, d_query_weight = triton_norm.rms_norm_backward(grad_query, query, query_weight, None, eps, offset)
         d_key, d_key_weight = triton_norm.rms_norm_backward(grad_key, key, key_weight, None, eps, offset)
