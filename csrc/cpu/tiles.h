@@ -31,6 +31,7 @@ namespace nearpeak::NEARPEAK_ISA {
 
 constexpr int kTileRows = 16;
 constexpr int kTileDepth = 32;  // elements of bfloat16 in a row
+constexpr int64_t kTileRowBytes = 64, kTileElements = kTileRows * kTileDepth;
 
 #if defined(NEARPEAK_EMULATE_TILES)
 
@@ -112,9 +113,8 @@ class TileUnit {
 
 // Each row's bytes: sanitizers do not know the intrinsics.
 inline void check_rows(const void* first, int64_t stride, bool is_write) {
-    constexpr int64_t kRowBytes = 64;
     for (int row = 0; row < kTileRows; ++row) {
-        check_access(static_cast<const char*>(first) + row * stride, kRowBytes, is_write);
+        check_access(static_cast<const char*>(first) + row * stride, kTileRowBytes, is_write);
     }
 }
 
@@ -182,6 +182,11 @@ inline void multiply_tiles() {
 // Call between ordinary stores and the tile loads that read them: GCC's tile intrinsics do not say that they read
 // memory, so the compiler may move stores past them.
 inline void finish_stores() { asm volatile("" ::: "memory"); }
+
+// A factor whose rows, of pairs, are in registers.
+inline void store_factor(bfloat16* to, const Float (&rows)[kLanes]) {
+    for (int row = 0; row < kTileRows; ++row) store(reinterpret_cast<float*>(to) + row * kLanes, rows[row]);
+}
 
 inline void zero_all_sums() {
     zero_sums<0, 0>();

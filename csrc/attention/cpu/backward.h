@@ -81,7 +81,7 @@ class BackwardBlock {
             RowStatistics of_row = statistics[row];
             const KeyRange seen = view.keys_seen_by(row, row + 1);
             float slopes[kBlockKeys], kept[kBlockKeys];
-            if (!weights_are_scaled_late()) scale(weights);
+            if (!Gradients::kScoresAreScaled && !weights_are_scaled_late()) scale(weights);
             if (p.softcap > 0) cap(weights, slopes);
             if (p.has_terms()) add_terms(p, task, view.first_row + row, task.key_begin, task.key_end, weights);
             if (p.drops()) {
@@ -115,7 +115,6 @@ class BackwardBlock {
     // Whether unscaled scores become scaled only as they become P.
     bool weights_are_scaled_late() const { return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms(); }
     void scale(float* weights) const {
-        if (Gradients::kScoresAreScaled) return;
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));
     }
 

@@ -27,7 +27,7 @@ class PairGradients {
           key_columns(arena.take(kBlockKeys * query.dim_pairs)),
           value_columns(arena.take(kBlockKeys * grad_out.dim_pairs)),
           key_pairs(arena.take(kBlockKeys / 2 * in_panels(p.head_dim))),
-          weights(kBlockRows, kTile, arena) {
+          pairs(kBlockRows, kTile, arena) {
         static_assert(kBlockRows % (2 * kTile) == 0 && kBlockKeys % kTile == 0 && kBlockKeys % kPanel == 0);
     }
 
@@ -60,13 +60,11 @@ class PairGradients {
     }
 
     void load_weights(const float* of_rows, const float* gradients_of_rows) {
-        weights.load(view.rows, of_rows, gradients_of_rows);
+        pairs.load(view.rows, of_rows, gradients_of_rows);
     }
 
-    void add_to_values(float* d_value) const {
-        add_to_keys(weights.weights, grad_out, in_panels(p.value_dim), d_value);
-    }
-    void add_to_keys(float* d_key) const { add_to_keys(weights.d_scores, query, in_panels(p.head_dim), d_key); }
+    void add_to_values(float* d_value) const { add_to_keys(pairs.weights, grad_out, in_panels(p.value_dim), d_value); }
+    void add_to_keys(float* d_key) const { add_to_keys(pairs.d_scores, query, in_panels(p.head_dim), d_key); }
 
     // d_query[row][d] += sum over keys of dScore[row][key] * key[key][d]
     void add_to_rows(float* d_query) const {
@@ -75,7 +73,7 @@ class PairGradients {
                 const KeyRange seen = view.keys_seen_by(row, row + kTile);
                 const int64_t begin = seen.begin / 2, end = (seen.end + 1) / 2;
                 multiply_tile<kTile, kPanelVectors, Pairs>(
-                    RowWise<kTile, bfloat16>(weights.d_score_rows + row * PairWeights::kRowStride + 2 * begin,
+                    RowWise<kTile, bfloat16>(pairs.d_score_rows + row * PairWeights::kRowStride + 2 * begin,
                                              PairWeights::kRowStride),
                     key_pairs + d * (kBlockKeys / 2) + begin * kPanel, kPanel, end - begin,
                     d_query + row * p.padded_dim() + d, p.padded_dim(), kAdd);
@@ -121,7 +119,7 @@ class PairGradients {
     Rows query, grad_out;
     float *const key_columns, *const value_columns;  // panels of kPanel keys, pairs of dimensions
     float* const key_pairs;                          // panels of kPanel dimensions, pairs of keys
-    PairWeights weights;
+    PairWeights pairs;
 
     template <class Row>
     void transpose_block(int64_t k, int64_t dim, float* columns, Row row) {

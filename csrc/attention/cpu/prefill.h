@@ -81,7 +81,7 @@ class Prefill {
         if (allowed_begin >= end) return;
         const int64_t begin = block_begin + (allowed_begin - block_begin) / Products::kStep * Products::kStep;
         products.score(panel, begin, end, scores);
-        if (!softmax_scales()) scale_scores(end - begin);
+        if (!Products::kScoresAreScaled && !softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
         if (p.has_terms()) {
             for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
@@ -106,7 +106,6 @@ class Prefill {
     }
 
     void scale_scores(int64_t keys) {
-        if (Products::kScoresAreScaled) return;
         const float factor = score_factor(p);
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, load(scores + i) * factor);
     }

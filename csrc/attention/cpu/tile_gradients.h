@@ -32,7 +32,7 @@ class TileGradients {
           key_columns(arena.take<bfloat16>(kBlockKeys * query.width)),
           value_columns(arena.take<bfloat16>(kBlockKeys * grad_out.width)),
           key_pairs(arena.take<bfloat16>(kBlockKeys * query.width)),
-          weights(kRows, kStep, arena) {
+          pairs(kRows, kStep, arena) {
         static_assert(kBlockRows % kStep == 0 && kBlockKeys % kStep == 0 && kPanel == kStep);
     }
 
@@ -47,10 +47,9 @@ class TileGradients {
         };
         for (int64_t k = 0; k < in_steps(view.keys); k += kTileDepth) {
             for (int64_t d = 0; d < query.width; d += kTileRows) {
-                float* to = reinterpret_cast<float*>(pairs_of_keys(k, d));
-                for (int64_t i = 0; i < kTileRows; ++i) {
-                    store(to + i * kLanes, pair(bits_of(k + 2 * i, d), bits_of(k + 2 * i + 1, d)));
-                }
+                Float block[kLanes];
+                for (int64_t i = 0; i < kLanes; ++i) block[i] = pair(bits_of(k + 2 * i, d), bits_of(k + 2 * i + 1, d));
+                store_factor(pairs_of_keys(k, d), block);
             }
         }
     }
@@ -72,12 +71,12 @@ class TileGradients {
     }
 
     void load_weights(const float* of_rows, const float* gradients_of_rows) {
-        weights.load(view.rows, of_rows, gradients_of_rows);
+        pairs.load(view.rows, of_rows, gradients_of_rows);
         finish_stores();
     }
 
-    void add_to_values(float* d_value) const { add_to_keys(grad_out, weights.weights, d_value); }
-    void add_to_keys(float* d_key) const { add_to_keys(query, weights.d_scores, d_key); }
+    void add_to_values(float* d_value) const { add_to_keys(grad_out, pairs.weights, d_value); }
+    void add_to_keys(float* d_key) const { add_to_keys(query, pairs.d_scores, d_key); }
 
     // d_query[row][d] += sum over keys of dScore[row][key] * key[key][d]
     void add_to_rows(float* d_query) const {
@@ -85,15 +84,15 @@ class TileGradients {
         for (int64_t row = 0; row < view.rows; row += kStep) {
             const auto [begin, end] = view.keys_seen_by(row, row + kStep);
             if (begin == end) continue;
-            const bfloat16* const left = weights.d_score_rows + row * kStride;
+            const bfloat16* const left = pairs.d_score_rows + row * kStride;
             for (int64_t d = 0; d < query.width; d += kStep) {
                 float* const sums = d_query + row * p.padded_dim() + d;
                 load_all_sums(sums, p.padded_dim());
                 for (int64_t k = begin / kStep * kStep; k < end; k += kStep) {
                     load_left<0>(left + k, kStride * 2);
                     load_left<1>(left + kTileRows * kStride + k, kStride * 2);
-                    load_right<0>(pairs_of_keys(k, d), kRowBytes);
-                    load_right<1>(pairs_of_keys(k, d + kTileRows), kRowBytes);
+                    load_right<0>(pairs_of_keys(k, d), kTileRowBytes);
+                    load_right<1>(pairs_of_keys(k, d + kTileRows), kTileRowBytes);
                     multiply_all_tiles();
                 }
                 store_all_sums(sums, p.padded_dim());
@@ -103,8 +102,6 @@ class TileGradients {
 
   private:
     static constexpr int64_t kStep = 2 * kTileRows;  // of rows, of keys, and of dimensions
-    static constexpr int64_t kRowBytes = 64;
-    static constexpr int64_t kFactor = kTileRows * kTileDepth;  // elements of a factor
 
     static int64_t in_steps(int64_t count) { return (count + kStep - 1) / kStep * kStep; }
 
@@ -132,7 +129,7 @@ class TileGradients {
 
         // 16 dimensions x 32 rows.
         bfloat16* factor(int64_t d, int64_t row) const {
-            return transposed + (d / kTileRows * (kRows / kTileDepth) + row / kTileDepth) * kFactor;
+            return transposed + (d / kTileRows * (kRows / kTileDepth) + row / kTileDepth) * kTileElements;
         }
 
         void transpose_factor(int64_t row, int64_t d) {
@@ -142,8 +139,7 @@ class TileGradients {
                 block[i] = pair(load_bits(first), load_bits(first + stride));
             }
             transpose(block);
-            float* to = reinterpret_cast<float*>(factor(d, row));
-            for (int64_t i = 0; i < kTileRows; ++i) store(to + i * kLanes, block[i]);
+            store_factor(factor(d, row), block);
         }
 
         const int64_t dim, width;
@@ -157,13 +153,13 @@ class TileGradients {
     Rows query, grad_out;
     bfloat16 *const key_columns, *const value_columns;  // 32 dimensions x 16 keys, all dimensions of some keys together
     bfloat16* const key_pairs;                          // 32 keys x 16 dimensions, all dimensions of some keys together
-    PairWeights weights;
+    PairWeights pairs;
 
     static bfloat16* columns_factor(bfloat16* columns, int64_t width, int64_t k, int64_t d) {
-        return columns + (k / kTileRows * (width / kTileDepth) + d / kTileDepth) * kFactor;
+        return columns + (k / kTileRows * (width / kTileDepth) + d / kTileDepth) * kTileElements;
     }
     bfloat16* pairs_of_keys(int64_t k, int64_t d) const {
-        return key_pairs + (k / kTileDepth * (query.width / kTileRows) + d / kTileRows) * kFactor;
+        return key_pairs + (k / kTileDepth * (query.width / kTileRows) + d / kTileRows) * kTileElements;
     }
 
     template <class Row>
@@ -172,8 +168,7 @@ class TileGradients {
         for (int64_t d = 0; d < width; d += kTileDepth) {
             Float block[kLanes];
             load_transposed_pairs(lanes, d, dim, block);
-            float* to = reinterpret_cast<float*>(columns_factor(columns, width, k, d));
-            for (int64_t i = 0; i < kTileRows; ++i) store(to + i * kLanes, block[i]);
+            store_factor(columns_factor(columns, width, k, d), block);
         }
     }
 
@@ -184,8 +179,8 @@ class TileGradients {
         for (int64_t d = 0; d < left.width; d += kTileDepth) {
             load_left<0>(rows + d, left.stride * 2);
             load_left<1>(rows + kTileRows * left.stride + d, left.stride * 2);
-            load_right<0>(columns_factor(columns, left.width, k, d), kRowBytes);
-            load_right<1>(columns_factor(columns, left.width, k + kTileRows, d), kRowBytes);
+            load_right<0>(columns_factor(columns, left.width, k, d), kTileRowBytes);
+            load_right<1>(columns_factor(columns, left.width, k + kTileRows, d), kTileRowBytes);
             multiply_all_tiles();
         }
         store_all_sums(out + row * kScoreStride + k, kScoreStride);
@@ -200,11 +195,11 @@ class TileGradients {
                 float* const at = sums + d * kScoreStride + k;
                 load_all_sums(at, kScoreStride);
                 for (int64_t row = seen.begin / kStep * kStep; row < seen.end; row += kStep) {
-                    const auto* pairs = reinterpret_cast<const bfloat16*>(right + row / 2 * kScoreStride + k);
-                    load_left<0>(left.factor(d, row), kRowBytes);
-                    load_left<1>(left.factor(d + kTileRows, row), kRowBytes);
-                    load_right<0>(pairs, kScoreStride * 4);
-                    load_right<1>(pairs + kTileDepth, kScoreStride * 4);
+                    const auto* factor = reinterpret_cast<const bfloat16*>(right + row / 2 * kScoreStride + k);
+                    load_left<0>(left.factor(d, row), kTileRowBytes);
+                    load_left<1>(left.factor(d + kTileRows, row), kTileRowBytes);
+                    load_right<0>(factor, kScoreStride * 4);
+                    load_right<1>(factor + kTileDepth, kScoreStride * 4);
                     multiply_all_tiles();
                 }
                 store_all_sums(at, kScoreStride);

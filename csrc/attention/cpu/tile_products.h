@@ -43,8 +43,7 @@ class TileProducts {
             for (int64_t d = 0; d < padded_dim(p); d += kTileDepth) {
                 Float block[kLanes];
                 load_transposed_pairs(lanes, d, p.head_dim, block);
-                float* to = reinterpret_cast<float*>(query_factor(panel, half, d));
-                for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);
+                store_factor(query_factor(panel, half, d), block);
             }
         }
     }
@@ -66,8 +65,8 @@ class TileProducts {
             for (int64_t d = 0; d < stride; d += kTileDepth) {
                 load_left<0>(rows + d, stride * 2);
                 load_left<1>(rows + kTileRows * stride + d, stride * 2);
-                load_right<0>(query_factor(panel, 0, d), kRowBytes);
-                load_right<1>(query_factor(panel, 1, d), kRowBytes);
+                load_right<0>(query_factor(panel, 0, d), kTileRowBytes);
+                load_right<1>(query_factor(panel, 1, d), kTileRowBytes);
                 multiply_all_tiles();
             }
             store_all_sums(scores, kPanel);
@@ -88,8 +87,8 @@ class TileProducts {
             float* sums = out + d * kPanel;
             load_all_sums(sums, kPanel);
             for (int64_t k = 0; k < end - begin; k += kStep) {
-                load_left<0>(value_factor(d, first + k), kRowBytes);
-                load_left<1>(value_factor(d + kTileRows, first + k), kRowBytes);
+                load_left<0>(value_factor(d, first + k), kTileRowBytes);
+                load_left<1>(value_factor(d + kTileRows, first + k), kTileRowBytes);
                 load_right<0>(pairs + k * kPanel, kPanel * 4);
                 load_right<1>(pairs + k * kPanel + kTileDepth, kPanel * 4);
                 multiply_all_tiles();
@@ -99,9 +98,6 @@ class TileProducts {
     }
 
   private:
-    static constexpr int64_t kRowBytes = 64;
-    static constexpr int64_t kFactor = kTileRows * kTileDepth;  // elements of a factor
-
     const Forward& p;
     const Task& task;
     TileUnit unit;
@@ -113,10 +109,10 @@ class TileProducts {
     static int64_t padded_value_dim(const Forward& p) { return padded(p.value_dim); }
 
     bfloat16* query_factor(int64_t panel, int half, int64_t d) const {
-        return query + ((panel * kPanelVectors + half) * (padded_dim(p) / kTileDepth) + d / kTileDepth) * kFactor;
+        return query + ((panel * kPanelVectors + half) * (padded_dim(p) / kTileDepth) + d / kTileDepth) * kTileElements;
     }
     bfloat16* value_factor(int64_t d, int64_t k) const {
-        return value + (d / kTileRows * (kBlock / kTileDepth) + k / kTileDepth) * kFactor;
+        return value + (d / kTileRows * (kBlock / kTileDepth) + k / kTileDepth) * kTileElements;
     }
 
     // Rows of padded_dim elements, zeros past head_dim and past the last key.
@@ -143,8 +139,7 @@ class TileProducts {
                     block[row] = pair(value_bits(from, first, d), value_bits(from, first + 1, d));
                 }
                 transpose(block);
-                float* to = reinterpret_cast<float*>(value_factor(d, k));
-                for (int row = 0; row < kTileRows; ++row) store(to + row * kLanes, block[row]);
+                store_factor(value_factor(d, k), block);
             }
         }
     }

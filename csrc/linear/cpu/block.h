@@ -16,6 +16,8 @@
 #include "../../cpu/register_tiles.h"
 #include "../../cpu/tiles.h"
 #include "pack.h"
+#include "store.h"
+#include "tile_step.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
@@ -133,16 +135,7 @@ class BlockProduct {
                 load_all_sums(at, kPanel);
             }
             for (int64_t step = 0; step < size; step += kStepUnit) {
-                load_left<0>(pairs(from + step), left_stride * 4);
-                load_left<1>(pairs(from + kTileRows * left_stride + step), left_stride * 4);
-                load_right<0>(pairs(panel + step * kPanel), kPanel * 4);
-                if constexpr (kVectors == 1) {
-                    multiply_tiles<0, 0>();
-                    multiply_tiles<1, 0>();
-                } else {
-                    load_right<1>(pairs(panel + step * kPanel + kLanes), kPanel * 4);
-                    multiply_all_tiles();
-                }
+                multiply_step<kVectors>(pairs(from + step), 2 * left_stride, panel + step * kPanel);
             }
             store_all_sums(at, kPanel);
         }
@@ -190,22 +183,10 @@ class BlockProduct {
     }
 
     void store_transposed() const {
-        const T* bias = static_cast<const T*>(p.bias);
-        for (int64_t column = 0; column < columns(); column += kLanes) {
-            const float* from = sums_of(column / kPanel) + column % kPanel;
-            const int64_t count = std::min<int64_t>(kLanes, columns() - column);
-            for_each_vector(rows(), [&](int64_t row, auto lanes, int) {
-                Float values[kLanes];
-                for (int64_t lane = 0; lane < kLanes; ++lane) {
-                    values[lane] = row + lane < rows() ? load(from + (row + lane) * kPanel) : Float{};
-                }
-                transpose(values);
-                const Float offset = bias ? load(bias + block.row_begin + row, lanes) : Float{};
-                for (int64_t lane = 0; lane < count; ++lane) {
-                    T* to = out_row(block.column_begin + column + lane) + block.row_begin;
-                    store(to + row, values[lane] + offset, lanes);
-                }
-            });
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            const int64_t first = block.column_begin + panel * kPanel;
+            store_panel_transposed<T>(p, sums_of(panel), {block.row_begin, block.row_end},
+                                      {first, std::min(first + kPanel, block.column_end)});
         }
     }
 };

@@ -12,6 +12,8 @@
 #include <algorithm>
 
 #include "pack.h"
+#include "store.h"
+#include "tile_step.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
@@ -35,7 +37,8 @@ class TileColumns {
             const Left left = left_of(row, count);
             for (int64_t panel = 0; panel < panels(); ++panel) {
                 multiply(left, panel);
-                store_columns(panel, row, count);
+                const Range columns{panel * kPanel, std::min((panel + 1) * kPanel, p.columns)};
+                store_panel_transposed<bfloat16>(p, sums, {row, row + count}, columns);
             }
         }
     }
@@ -101,39 +104,6 @@ class TileColumns {
             multiply_step<kVectors>(left.rows + step, left.stride, panel + step / 2 * kPanel);
         }
         if (whole < p.steps) multiply_step<kVectors>(last_steps, kTileDepth, panel + whole / 2 * kPanel);
-    }
-
-    template <int kVectors>
-    static void multiply_step(const bfloat16* left, int64_t stride, const float* right) {
-        const auto* pairs = reinterpret_cast<const bfloat16*>(right);
-        load_left<0>(left, stride * 2);
-        load_left<1>(left + kTileRows * stride, stride * 2);
-        load_right<0>(pairs, kPanel * 4);
-        if constexpr (kVectors == 1) {
-            multiply_tiles<0, 0>();
-            multiply_tiles<1, 0>();
-        } else {
-            load_right<1>(pairs + kTileDepth, kPanel * 4);
-            multiply_all_tiles();
-        }
-    }
-
-    void store_columns(int64_t panel, int64_t row, int64_t count) const {
-        const auto* bias = static_cast<const bfloat16*>(p.bias);
-        const int64_t first = panel * kPanel, columns = std::min<int64_t>(kPanel, p.columns - first);
-        for (int64_t i = 0; i < count; i += kLanes) {
-            const int64_t rows = std::min<int64_t>(kLanes, count - i);
-            const Float offset = bias ? load(bias + row + i, rows) : Float{};
-            for (int64_t column = 0; column < columns; column += kLanes) {
-                Float block[kLanes];
-                for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] = load(sums + (i + lane) * kPanel + column);
-                transpose(block);
-                for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, columns - column); ++lane) {
-                    bfloat16* to = static_cast<bfloat16*>(p.out) + p.out_matrix.rows(first + column + lane) + row + i;
-                    store(to, block[lane] + offset, rows);
-                }
-            }
-        }
     }
 };
 

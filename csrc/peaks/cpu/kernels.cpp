@@ -31,14 +31,13 @@ double multiply_add_vectors(int64_t rounds) {
 
 #ifdef NEARPEAK_HAS_TILES
 double multiply_add_tiles(int64_t rounds) {
-    constexpr int64_t kRowBytes = 64;
-    const bfloat16 zeros[kTileRows * kTileDepth] = {};
+    const bfloat16 zeros[kTileElements] = {};
     [[maybe_unused]] const TileUnit unit;
     finish_stores();
-    load_left<0>(zeros, kRowBytes);
-    load_left<1>(zeros, kRowBytes);
-    load_right<0>(zeros, kRowBytes);
-    load_right<1>(zeros, kRowBytes);
+    load_left<0>(zeros, kTileRowBytes);
+    load_left<1>(zeros, kTileRowBytes);
+    load_right<0>(zeros, kTileRowBytes);
+    load_right<1>(zeros, kTileRowBytes);
     zero_all_sums();
     for (int64_t round = 0; round < rounds; ++round) multiply_all_tiles();
     return 4.0 * 2 * kTileRows * kTileRows * kTileDepth * static_cast<double>(rounds);

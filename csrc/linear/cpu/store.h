@@ -1,0 +1,31 @@
+// y^T leaves scratch memory as rows of y.
+#pragma once
+
+#include <algorithm>
+
+#include "pack.h"
+
+namespace nearpeak::linear::NEARPEAK_ISA {
+
+// A panel of sums, rows of kPanel columns: `rows` of y^T, with their bias, and up to kPanel `columns` of it.
+template <class T>
+void store_panel_transposed(const Product& p, const float* sums, Range rows, Range columns) {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t column = 0; column < columns.size(); column += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, columns.size() - column);
+        for_each_vector(rows.size(), [&](int64_t row, auto lanes, int) {
+            Float values[kLanes];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                values[lane] = row + lane < rows.size() ? load(sums + (row + lane) * kPanel + column) : Float{};
+            }
+            transpose(values);
+            const Float offset = bias ? load(bias + rows.begin + row, lanes) : Float{};
+            for (int64_t lane = 0; lane < count; ++lane) {
+                T* to = static_cast<T*>(p.out) + p.out_matrix.rows(columns.begin + column + lane) + rows.begin;
+                store(to + row, values[lane] + offset, lanes);
+            }
+        });
+    }
+}
+
+}  // namespace nearpeak::linear::NEARPEAK_ISA
