@@ -377,7 +377,7 @@ def test_same_bits_at_every_call(serving, name, threads):
 def test_same_bits_in_one_thread_and_in_two(serving, name):
     if serving == "reference" and name == "attention_bias":
         pytest.skip("PyTorch's matrix products sum in an order that depends on the threads")
-    layer = LAYERS["sdpa" if name == "decode" else name].function
+    layer = nearpeak.attention if name == "decode" else LAYERS[name].function
     inputs = tuple(randn(1, heads, length, 64) for heads, length in ((4, 1), (1, 3000), (1, 3000)))
     inputs = inputs if name == "decode" else sizeable(name)
     first = results(layer, inputs)

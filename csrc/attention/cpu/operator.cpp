@@ -18,8 +18,11 @@ const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 
 // Up to this many rows the decode kernel is the faster one (Zen 3, float32 and bfloat16, 4096 x 128).
 constexpr int64_t kFewRows = 2 * kDecodeRows;
-// Fewest keys worth a task of their own, and tasks per thread that let uneven ones even out.
-constexpr int64_t kKeysPerSplit = 256, kTasksPerThread = 4;
+// Tasks per thread that let uneven ones even out.
+constexpr int64_t kTasksPerThread = 4;
+// Fewest keys of a decode task. They are split up to so many tasks, whatever the number of threads, on which results
+// must not depend.
+constexpr int64_t kKeysPerSplit = 256, kDecodeTasks = 32 * kTasksPerThread;
 // Rows of a prefill task at least.
 constexpr int64_t kMinRows = 32;
 
@@ -85,7 +88,7 @@ void run_prefill(const Forward& p, const Kernels& kernels) {
     });
 }
 
-// Keys are split where there would be fewer tasks than the threads want.
+// Keys are split where there are few rows and heads.
 void run_decode(const Forward& p, const Kernels& kernels) {
     const std::vector<Task> tasks = tasks_of_rows(p, true, kDecodeRows);
     const int64_t whole = static_cast<int64_t>(tasks.size());
@@ -93,8 +96,7 @@ void run_decode(const Forward& p, const Kernels& kernels) {
     const auto run_task = [&](const Task& task, float* partial) {
         kernels.decode(p, task, thread_scratch(kernels.decode_scratch(p, task.row_end - task.row_begin)), partial);
     };
-    const int64_t wanted = threads() == 1 ? 1 : divide_up(threads() * kTasksPerThread, whole);
-    const int64_t splits = std::clamp<int64_t>(p.key_length / kKeysPerSplit, 1, wanted);
+    const int64_t splits = std::clamp<int64_t>(p.key_length / kKeysPerSplit, 1, divide_up(kDecodeTasks, whole));
     if (splits == 1) {
         parallel_tasks(whole, [&](int64_t index) { run_task(tasks[index], nullptr); });
         return;

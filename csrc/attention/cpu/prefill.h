@@ -40,7 +40,9 @@ class Prefill {
     void sum() {
         const int64_t panels = panels_of(task);
         for (int64_t panel = 0; panel < panels; ++panel) start_panel(panel);
-        for (int64_t begin = task.key_begin; begin < task.key_end; begin += Products::kBlock) {
+        // Blocks are the sequence's, not the task's: sums must not depend on how rows are shared out over threads.
+        const int64_t first = task.key_begin / Products::kBlock * Products::kBlock;
+        for (int64_t begin = first; begin < task.key_end; begin += Products::kBlock) {
             const int64_t end = std::min(begin + Products::kBlock, task.key_end);
             products.load_block(begin, end);
             for (int64_t panel = 0; panel < panels; ++panel) add_block(panel, begin, end);
