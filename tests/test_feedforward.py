@@ -162,6 +162,25 @@ def test_special_values(serving):
         torch.testing.assert_close(nearpeak.activation(x, name), EAGER[name](x.double()).float(), equal_nan=True)
 
 
+def test_gelu_where_its_table_ends(serving):
+    """Halfway between two polynomials, at the last one's end, and behind it."""
+    x = torch.cat([torch.arange(-10, 10.25, 0.25), torch.tensor([-7.7500005, -7.7499995])])
+    torch.testing.assert_close(
+        nearpeak.activation(x, "gelu"),
+        EAGER["gelu"](x.double()).float(),
+        rtol=0.0,
+        atol=2 * x.abs().max().item() * 2**-24,
+    )
+
+
+def test_denormal_numbers_stay(serving):
+    for dtype in (torch.bfloat16, torch.float16):
+        tiny = torch.finfo(dtype).tiny * torch.arange(1, 128).to(dtype) / 128
+        assert torch.equal(nearpeak.activation(tiny, "relu"), tiny)
+        x = torch.cat([torch.randn(100).to(dtype), tiny])
+        assert torch.equal(nearpeak.activation(x, "relu"), x.clamp(min=0))
+
+
 def test_threads_change_nothing():
     x = randn(300, 4000)
     together = nearpeak.swiglu(x, x)

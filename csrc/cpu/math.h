@@ -78,7 +78,6 @@ struct ValueAndSlope {
 // tanh(x): an odd polynomial where |x| < 0.625, elsewhere 1 - r with r = 2 / (e^2|x| + 1), which has lost no digits
 // there. Its slope 1 - tanh(x)^2, which is r (2 - r), stays exact where tanh(x) is almost 1.
 inline ValueAndSlope tanh_and_slope(Float x) {
-    const Float magnitude = bitcast<Float>(bitcast<Unsigned>(x) & 0x7fffffffu);
     const Float square = x * x;
     Float p = broadcast(-5.70498872745e-3f);
     p = p * square + 2.06390887954e-2f;
@@ -86,9 +85,9 @@ inline ValueAndSlope tanh_and_slope(Float x) {
     p = p * square + 1.33314422036e-1f;
     p = p * square - 3.33332819422e-1f;
     const Float near = x + x * square * p;
-    const Float r = 2.0f / (exp_of_positive(2.0f * min(magnitude, broadcast(20.0f))) + 1.0f);
+    const Float r = 2.0f / (exp_of_positive(2.0f * min(magnitude(x), broadcast(20.0f))) + 1.0f);
     const Float far = bitcast<Float>(bitcast<Unsigned>(1.0f - r) | (bitcast<Unsigned>(x) & 0x80000000u));
-    const Int is_near = magnitude < 0.625f;
+    const Int is_near = magnitude(x) < 0.625f;
     return {select(is_near, near, far), select(is_near, 1.0f - near * near, r * (2.0f - r))};
 }
 

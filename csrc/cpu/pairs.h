@@ -55,20 +55,8 @@ inline Float multiply_add_pairs(Float left, Float right, Float sums) {
                                                     reinterpret_cast<__m512bh>(right)));
 }
 
-using Halves = uint16_t __attribute__((vector_size(4 * kLanes)));
-
-template <std::size_t... half>
-constexpr Halves interleaved_halves(std::index_sequence<half...>) {
-    return Halves{(half / 2 + half % 2 * kLanes)...};
-}
-
 // Both rounded to bfloat16.
-inline Float pair(Float first, Float second) {
-    const auto halves = reinterpret_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
-    constexpr auto kOrder = interleaved_halves(std::make_index_sequence<2 * kLanes>());
-    return reinterpret_cast<Float>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kOrder), halves));
-}
+inline Float pair(Float first, Float second) { return rounded_pairs(first, second); }
 inline Short rounded_bits(Float value) {
     return reinterpret_cast<Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
 }

@@ -56,14 +56,37 @@ inline To bitcast(From from) {
 }
 
 inline Float select(Int condition, Float yes, Float no) { return condition ? yes : no; }
+// The second number where one is NaN. GCC takes two instructions for this with masks.
+#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
+inline Float max(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+inline Float min(Float a, Float b) {
+    return reinterpret_cast<Float>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#else
 inline Float max(Float a, Float b) { return a > b ? a : b; }
 inline Float min(Float a, Float b) { return a < b ? a : b; }
+#endif
+
+inline Float magnitude(Float value) { return bitcast<Float>(bitcast<Unsigned>(value) & 0x7fffffffu); }
 
 // {0, 1, 2, ...}
 inline Int lane_numbers() {
     Int result;
     for (int lane = 0; lane < kLanes; ++lane) result[lane] = lane;
     return result;
+}
+
+// table[index % kLanes] in every lane.
+inline Float look_up(const float (&table)[kLanes], Int index) {
+#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
+    return reinterpret_cast<Float>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), _mm512_loadu_ps(table)));
+#else
+    Float result;
+    for (int lane = 0; lane < kLanes; ++lane) result[lane] = table[index[lane] & (kLanes - 1)];
+    return result;
+#endif
 }
 
 // Between 16 and 32 bits. GCC makes five instructions of the generic conversions where there is one (two).
@@ -144,7 +167,35 @@ inline Unsigned round_bfloat16(Float value) {
     return (bits + (0x7fffu + ((bits >> 16) & 1u))) | bitcast<Unsigned>(value != value);
 }
 
-inline Short narrow_bfloat16(Float value) { return narrow(round_bfloat16(value) >> 16); }
+#if NEARPEAK_LANES == 16 && defined(__AVX512BF16__)
+using Halves = uint16_t __attribute__((vector_size(4 * kLanes)));
+
+template <std::size_t... half>
+constexpr Halves interleaved_halves(std::index_sequence<half...>) {
+    return Halves{(half / 2 + half % 2 * kLanes)...};
+}
+
+// Whether the instructions below give what round_bfloat16 does: of denormal numbers they make zeros.
+inline bool rounds_in_hardware(Float value) {
+    constexpr int kDenormal = 0x20;
+    return __builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(value), kDenormal) == 0, true);
+}
+
+// Lane i holds first[i] in its low half and second[i] in its high half.
+inline Float rounded_pairs(Float first, Float second) {
+    const auto halves = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+    constexpr auto kOrder = interleaved_halves(std::make_index_sequence<2 * kLanes>());
+    return reinterpret_cast<Float>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(kOrder), halves));
+}
+#endif
+
+inline Short narrow_bfloat16(Float value) {
+#if NEARPEAK_LANES == 16 && defined(__AVX512BF16__)
+    if (rounds_in_hardware(value)) return reinterpret_cast<Short>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+#endif
+    return narrow(round_bfloat16(value) >> 16);
+}
 
 inline void store(bfloat16* to, Float value) { store_bits(to, narrow_bfloat16(value)); }
 
@@ -355,6 +406,9 @@ inline Two load(const bfloat16* from, TwoVectors<bfloat16>) {
     return {bitcast<Float>(bits << 16), bitcast<Float>(bits & 0xffff0000u)};
 }
 inline Float paired_bits(Two value) {
+#if NEARPEAK_LANES == 16 && defined(__AVX512BF16__)
+    if (rounds_in_hardware(value.low) && rounds_in_hardware(value.high)) return rounded_pairs(value.low, value.high);
+#endif
     const Unsigned low = round_bfloat16(value.low) >> 16, high = round_bfloat16(value.high);
 #if NEARPEAK_LANES == 8 && defined(__AVX2__)
     const __m256i blended = _mm256_blend_epi16(reinterpret_cast<__m256i>(low), reinterpret_cast<__m256i>(high), 0xaa);

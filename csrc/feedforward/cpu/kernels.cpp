@@ -36,8 +36,9 @@ T* row_of(void* tensor, const Rows& rows, int64_t row) {
     return static_cast<T*>(tensor) + rows(row);
 }
 
+// Flattened: else GCC calls the body once per step, and every constant is loaded anew.
 template <class T, class F, bool kGated>
-void forward_row(const Call& c, int64_t row, int64_t begin, int64_t end) {
+[[gnu::flatten]] void forward_row(const Call& c, int64_t row, int64_t begin, int64_t end) {
     const T* x = row_of<T>(c.x, c.x_rows, row) + begin;
     const T* up = kGated ? row_of<T>(c.up, c.up_rows, row) + begin : nullptr;
     T* y = row_of<T>(c.y, c.y_rows, row) + begin;
@@ -49,7 +50,7 @@ void forward_row(const Call& c, int64_t row, int64_t begin, int64_t end) {
 }
 
 template <class T, class F, bool kGated>
-void backward_row(const Call& c, int64_t row, int64_t begin, int64_t end) {
+[[gnu::flatten]] void backward_row(const Call& c, int64_t row, int64_t begin, int64_t end) {
     const T* x = row_of<T>(c.x, c.x_rows, row) + begin;
     const T* up = kGated ? row_of<T>(c.up, c.up_rows, row) + begin : nullptr;
     const T* grad = row_of<T>(c.grad, c.grad_rows, row) + begin;
