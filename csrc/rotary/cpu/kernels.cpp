@@ -47,23 +47,46 @@ void prepare_pairs(const C* cos, const C* sin, float sign, int64_t half, float* 
     });
 }
 
-// Pairs (x[i], x[i + half]).
+// One position of kHeads heads, which share its tables.
 template <class T>
-void turn_halves(const T* from, T* to, const float* cos, const float* sin, int64_t half) {
+struct Position {
+    const T* from;
+    T* to;
+    int64_t from_head, to_head;  // from one head to the next
+    const float *cos, *sin;
+};
+
+// Pairs (x[i], x[i + half]). All is read before any is written: else, where heads lie a power of two apart, processors
+// take the next head's loads for readers of what was just stored.
+template <int kHeads, class T>
+void turn_halves(const Position<T>& at, int64_t half) {
     for_each_two<T>(half, [&](int64_t i, auto lanes, int) {
-        const auto a = load(from + i, lanes), b = load(from + half + i, lanes);
-        const auto c = load(cos + i, kept(lanes)), s = load(sin + i, kept(lanes));
-        store(to + i, a * c - b * s, lanes);
-        store(to + half + i, b * c + a * s, lanes);
+        const auto c = load(at.cos + i, kept(lanes)), s = load(at.sin + i, kept(lanes));
+        decltype(load(at.from, lanes)) a[kHeads], b[kHeads];
+        for (int head = 0; head < kHeads; ++head) {
+            const T* from = at.from + head * at.from_head + i;
+            a[head] = load(from, lanes);
+            b[head] = load(from + half, lanes);
+        }
+        for (int head = 0; head < kHeads; ++head) {
+            T* to = at.to + head * at.to_head + i;
+            store(to, a[head] * c - b[head] * s, lanes);
+            store(to + half, b[head] * c + a[head] * s, lanes);
+        }
     });
 }
 
 // Pairs (x[2i], x[2i + 1]): x * cos + neighbours * sin.
-template <class T>
-void turn_pairs(const T* from, T* to, const float* cos, const float* sin, int64_t half) {
+template <int kHeads, class T>
+void turn_pairs(const Position<T>& at, int64_t half) {
     for_each_vector(2 * half, [&](int64_t i, auto lanes, int) {
-        const Float x = load(from + i, lanes), neighbours = swap_lanes<1>(x, std::make_index_sequence<kLanes>());
-        store(to + i, x * load(cos + i) + neighbours * load(sin + i), lanes);
+        const Float c = load(at.cos + i), s = load(at.sin + i);
+        Float x[kHeads];
+        for (int head = 0; head < kHeads; ++head) x[head] = load(at.from + head * at.from_head + i, lanes);
+        for (int head = 0; head < kHeads; ++head) {
+            const Float neighbours = swap_lanes<1>(x[head], std::make_index_sequence<kLanes>());
+            store(at.to + head * at.to_head + i, x[head] * c + neighbours * s, lanes);
+        }
     });
 }
 
@@ -96,25 +119,47 @@ void prepare_tables(const Call& p, int64_t batch, int64_t begin, int64_t end, fl
     }
 }
 
+// Heads that share a load of the tables: as many as registers hold beside them.
+constexpr int64_t kTogether = kLanes == 16 ? 4 : 2;
+
+template <int kHeads, class T>
+void turn_position(const Call& p, const Heads& x, int64_t batch, int64_t head, int64_t position, const Tables& tables) {
+    const Position<T> at{
+        static_cast<const T*>(x.from) + batch * x.from_batch + head * x.from_head + position * x.from_position,
+        static_cast<T*>(x.to) + batch * x.to_batch + head * x.to_head + position * x.to_position,
+        x.from_head,
+        x.to_head,
+        tables.cos,
+        tables.sin};
+    if (p.interleaved) {
+        turn_pairs<kHeads>(at, p.rotary_dim / 2);
+    } else {
+        turn_halves<kHeads>(at, p.rotary_dim / 2);
+    }
+    if (p.rest == 0) return;
+    for (int64_t each = 0; each < kHeads; ++each) {
+        std::memcpy(at.to + each * at.to_head + p.rotary_dim, at.from + each * at.from_head + p.rotary_dim,
+                    p.rest * sizeof(T));
+    }
+}
+
 // Walks heads and positions in the order in which memory holds them.
 template <class T>
 void turn_heads(const Call& p, const Heads& x, int64_t batch, int64_t begin, int64_t end, float* scratch) {
-    const auto turn = p.interleaved ? turn_pairs<T> : turn_halves<T>;
-    const auto one = [&](int64_t head, int64_t position) {
+    const int64_t together = x.heads / kTogether * kTogether;
+    const auto turn = [&](int64_t head, int64_t position) {
         const Tables tables = tables_at(p, scratch, position - begin);
-        const T* from =
-            static_cast<const T*>(x.from) + batch * x.from_batch + head * x.from_head + position * x.from_position;
-        T* to = static_cast<T*>(x.to) + batch * x.to_batch + head * x.to_head + position * x.to_position;
-        turn(from, to, tables.cos, tables.sin, p.rotary_dim / 2);
-        if (p.rest) std::memcpy(to + p.rotary_dim, from + p.rotary_dim, p.rest * sizeof(T));
+        if (head < together) return turn_position<kTogether, T>(p, x, batch, head, position, tables);
+        turn_position<1, T>(p, x, batch, head, position, tables);
     };
+    const auto next = [&](int64_t head) { return head < together ? head + kTogether : head + 1; };
     if (x.from_head < x.from_position) {
         for (int64_t position = begin; position < end; ++position) {
-            for (int64_t head = 0; head < x.heads; ++head) one(head, position);
+            for (int64_t head = 0; head < x.heads; head = next(head)) turn(head, position);
         }
     } else {
-        for (int64_t head = 0; head < x.heads; ++head) {
-            for (int64_t position = begin; position < end; ++position) one(head, position);
+        for (int64_t head = 0; head < x.heads; head = next(head)) {
+            for (int64_t position = begin; position < end; ++position) turn(head, position);
         }
     }
 }
