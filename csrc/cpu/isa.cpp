@@ -116,6 +116,17 @@ __attribute__((visibility("default"))) const char* nearpeak_isas_supported() {
     return text.c_str();
 }
 
+// The family of an AMD processor; 0 for others.
+__attribute__((visibility("default"))) int nearpeak_amd_family() {
+#if defined(__x86_64__)
+    unsigned eax, ebx, ecx, edx;
+    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+    return static_cast<int>((eax >> 8 & 0xf) + (eax >> 20 & 0xff));
+#else
+    return 0;
+#endif
+}
+
 // 0, or -1 where the name is unknown or this processor cannot run it.
 __attribute__((visibility("default"))) int nearpeak_select_isa(const char* name) {
     for (int isa = 0; isa < nearpeak::kCount; ++isa) {

@@ -90,6 +90,11 @@ def isas_supported() -> list[str]:
     return native.names("nearpeak_isas_supported")
 
 
+def amd_family() -> int:
+    """The family of an AMD processor (25 is Zen 3 and 4, 26 is Zen 5); 0 for others, and without the extension."""
+    return native.handle.nearpeak_amd_family() if native.handle else 0
+
+
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
     """Run the C++ kernels with a lower instruction set inside the `with` block (process-wide).

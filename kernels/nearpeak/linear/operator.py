@@ -11,6 +11,10 @@ from ..checks import check_floating, check_same_kind
 from . import reference
 
 KERNELS = ("cpu",)
+ZEN_5 = 26
+
+# Fewer outputs do not fill a tile of the kernels' products, which then take up to twice torch's time in float32.
+FEW_OUTPUTS = 16
 
 
 def few_rows(dtype, recorded=False):
@@ -23,11 +27,17 @@ def few_rows(dtype, recorded=False):
 
 
 def _fast_in_torch():
-    """The dtypes whose products of many rows torch gives to a tuned library on this CPU.
+    """The dtypes whose products of many rows torch gives to a library that the kernels do not outrun on this CPU.
 
-    On x86 oneDNN's products of 16-bit types need AVX-512 at least; below that torch runs a naive loop.
+    Float32 goes to MKL, which runs AVX2 code on AMD's processors: half of what those can do that multiply 512 bits at
+    once (Zen 5: the kernels take 0.4 to 0.55 of its time). On x86 oneDNN's products of 16-bit types need AVX-512 at
+    least; below that torch runs a naive loop.
     """
-    dtypes = [torch.float32]
+    dtypes = []
+    if not (
+        backends.amd_family() >= ZEN_5 and "avx512" in backends.isas_supported() and torch.backends.mkl.is_available()
+    ):
+        dtypes.append(torch.float32)
     if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2"):
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             dtypes.append(torch.bfloat16)
@@ -39,18 +49,20 @@ def _fast_in_torch():
 FAST_IN_TORCH = _fast_in_torch()
 
 
-def _why_torch_serves(x, recorded):
+def _why_torch_serves(x, weight, recorded):
     """Why a call goes to torch's own function, or None if the kernels serve it."""
     if backends.forced("cpu"):
         return None
     if not x.is_cpu:
         return f"on {x.device.type} torch's own library is the one to use: torch's linear serves it"
-    if x.dtype not in FAST_IN_TORCH:
-        return None
     few = few_rows(x.dtype, recorded)
     if x.numel() <= few * x.shape[-1]:
         return None
-    return f"more than {few} rows of {x.dtype} are what torch's own library is fast at: torch's linear serves it"
+    if x.dtype in FAST_IN_TORCH:
+        return f"more than {few} rows of {x.dtype} are what torch's own library is fast at: torch's linear serves it"
+    if x.dtype is torch.float32 and weight.shape[0] < FEW_OUTPUTS:
+        return f"fewer than {FEW_OUTPUTS} outputs in float32 are what torch is fast at: torch's linear serves it"
+    return None
 
 
 def _check(x, weight, bias):
@@ -168,7 +180,7 @@ def linear(x, weight, bias=None):
             _check(x, weight, bias)
             return reference.linear(x, weight, bias)
         recorded = operators.wants_gradient(x, weight, bias)
-        if (why := _why_torch_serves(x, recorded)) is not None:
+        if (why := _why_torch_serves(x, weight, recorded)) is not None:
             # What torch would take beyond this: else the same call would fail with fewer rows.
             if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
                 _check(x, weight, bias)
