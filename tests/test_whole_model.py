@@ -8,6 +8,7 @@ import nearpeak
 import pytest
 import torch
 from nearpeak.attention.reference import allowed
+from nearpeak.linear.operator import FAST_IN_TORCH
 from tiny_models import (
     ARCHITECTURES,
     DECODERS,
@@ -116,8 +117,10 @@ def test_compiled_in_one_graph_and_compiled_anew_when_patched(name):
     with nearpeak.patched(model):
         judge(logits_of(compiled, ids), plain, exact)
     assert torch.equal(logits_of(compiled, ids), plain)
-    norm = "layer_norm" if name == "bert" else "rms_norm"
-    kinds = {norm: "norm", "apply_rotary": "rotary", "attention": "attention"}
+    norm, activation = ("layer_norm", "activation") if name == "bert" else ("rms_norm", "gated_activation")
+    kinds = {norm: "norm", activation: "feedforward", "apply_rotary": "rotary", "attention": "attention"}
+    if torch.float32 not in FAST_IN_TORCH:
+        kinds["linear"] = "linear"
     expected = {f"nearpeak.{op}_inference.default" for op, kind in kinds.items() if REPLACED[name][kind]}
     assert graphs[:2] == [set(), expected]
     torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """Puts nearpeak's kernels into an existing model, and takes them out again.
 
-    report = nearpeak.patch(model)      linear layers, norms, rotary embedding, attention now run on nearpeak's kernels
+    report = nearpeak.patch(model)      linear layers, norms, activations, rotary embedding, attention: kernels
     nearpeak.unpatch(model)             the model is exactly what it was
     with nearpeak.patched(model): ...   both, around a block
 
@@ -9,6 +9,7 @@ Weights are shared, never copied, and no other model in the process changes. Eac
     linears.py    torch.nn.Linear
     multihead.py  torch.nn.MultiheadAttention
     norms.py      any module that computes RMSNorm or LayerNorm, recognised by what it computes
+    feedforward.py  activations and gated feed-forward layers, likewise
     rotary.py     attention modules that call Hugging Face's `apply_rotary_pos_emb`
     attention.py  transformers models, through transformers' own AttentionInterface and AttentionMaskInterface
     classes.py    how one module gets another `forward`;  configs.py: how one model gets another configuration

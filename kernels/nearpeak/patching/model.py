@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import linears, multihead, norms, rotary
+from . import feedforward, linears, multihead, norms, rotary
 from .classes import original_class, why_not_swappable
 from .report import Entry, PatchReport
 
@@ -45,8 +45,9 @@ class _Findings:
 def patch(model: torch.nn.Module) -> PatchReport:
     """Let nearpeak's kernels serve what they can of a model, in place, and say what that was.
 
-    Served are torch.nn.Linear, torch.nn.MultiheadAttention, RMSNorm and LayerNorm modules (the latter two of any class
-    that computes one of them), and in transformers models the rotary embedding and attention. Weights are shared, not
+    Served are torch.nn.Linear, torch.nn.MultiheadAttention, RMSNorm and LayerNorm modules, activations and gated
+    feed-forward layers (the latter four of any class that computes one of them), and in transformers models the rotary
+    embedding and attention. Weights are shared, not
     copied; names, hooks, state dict and isinstance checks stay; no other model changes, even one that shares the
     configuration. A model that is patched already is left as it is.
 
@@ -148,6 +149,13 @@ def _serve_module(module, record, findings) -> None:
         return
     if linears.is_linear(module):
         _swap("linear", module, *linears.served(module), record, findings)
+        return
+    if (activation := feedforward.activation_of(module)) is not None:
+        serving = feedforward.serving_activation(type(module), activation)
+        _swap("feedforward", module, serving, f'nearpeak.activation, "{activation}"', record, findings)
+        return
+    if (gated := feedforward.gated_of(module)) is not None:
+        _swap("feedforward", module, feedforward.serving_gated(type(module), gated), gated.detail, record, findings)
         return
     formula = norms.formula_of(module)
     if formula is not None:

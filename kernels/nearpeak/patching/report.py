@@ -9,7 +9,7 @@ TITLE = "nearpeak.patch"
 class Entry:
     """Modules of one class that fared alike."""
 
-    kind: str  # "linear", "norm", "rotary", "attention" or "other"
+    kind: str  # "linear", "norm", "feedforward", "rotary", "attention" or "other"
     layer: str  # the class's name
     count: int
     detail: str  # what serves them now, or why they were left alone
@@ -28,7 +28,7 @@ class PatchReport:
     left_alone: tuple[Entry, ...]
 
     def count(self, kind: str) -> int:
-        """How many modules of a kind ("linear", "norm", "rotary", "attention") were replaced."""
+        """How many modules of a kind ("linear", "norm", "feedforward", "rotary", "attention") were replaced."""
         return sum(entry.count for entry in self.replaced if entry.kind == kind)
 
     def _rows(self):
