@@ -58,7 +58,6 @@ def _quantized(made, **options):
 
 
 X, WEIGHT = norm_operands()
-QUANTIZED = quantized_operands(bits=4)[1]
 PACKED = torch.cat((X, X), dim=-1)
 MASK, BIAS, SLOPES = randn(2, 1, 9, 11) < 1.0, randn(1, 4, 9, 11, seed=5), randn(4, seed=6).abs()
 SAMPLES = {
@@ -203,14 +202,14 @@ LAYERS = {
     "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
     "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "linear": Layer(nearpeak.linear, linear_operands(), (1, None, None)),
-    "quantized_linear": Layer(
-        lambda x, b: nearpeak.quantized_linear(x, QUANTIZED, b), quantized_operands()[::2], (1, None)
+    "QuantizedLinear": Layer(
+        nearpeak.nn.QuantizedLinear.from_weight(*quantized_operands(bits=4)[1:]), quantized_operands()[:1], (1,)
     ),
     "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
     "LayerNorm": Layer(nearpeak.nn.LayerNorm(17), (X,), (1,)),
     "LayerNorm of two dimensions": Layer(nearpeak.nn.LayerNorm((3, 17)), (randn(5, 3, 17),), (0,)),
 }
-FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention", "linear", "quantized_linear"]
+FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention", "linear", "QuantizedLinear"]
 
 
 def results(function, inputs):
@@ -350,7 +349,7 @@ def test_activation_checkpointing_changes_nothing(serving, name):
     assert_equal(results(checkpointed, layer.inputs), results(layer.function, layer.inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("sdpa", "linear", "quantized_linear")])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("sdpa", "linear", "QuantizedLinear")])
 def test_autocast_leaves_dtypes_alone(serving, name):
     """As it leaves F.rms_norm and eager arithmetic alone; drop-ins for what torch casts have tests of their own."""
     layer = LAYERS[name]
@@ -372,8 +371,8 @@ def sizeable(name):
         return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
     if name == "linear":
         return randn(3, 40, 170), randn(500, 170, seed=1), randn(500, seed=2)
-    if name == "quantized_linear":
-        return randn(3, 200, 64), randn(3, seed=2)
+    if name == "QuantizedLinear":
+        return (randn(3, 200, 64),)
     if "rotary" in name:
         return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
     if name == "qk_norm":
@@ -413,7 +412,7 @@ def test_python_threads_may_call_at_once(serving):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for name, mine in pool.map(call, [*LAYERS] * 6):
             # torch's own products depend on where in memory their operands lie.
-            if serving != "reference" or name not in ("linear", "quantized_linear"):
+            if serving != "reference" or name not in ("linear", "QuantizedLinear"):
                 assert_equal(mine, expected[name])
 
 

@@ -50,10 +50,8 @@ template <class Function>
 void with_few_columns(const Product& p, float* scratch, Function function) {
     Arena arena(scratch);
     if (p.quantized) {
-        return with_type(p.dtype, [&](auto* t) {
-            QuantizedColumns<std::remove_pointer_t<decltype(t)>> columns(p, arena);
-            function(columns, arena);
-        });
+        QuantizedColumns columns(p, arena);
+        return function(columns, arena);
     }
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16 && p.columns > kVectorColumns) {

@@ -33,11 +33,13 @@ struct Dequantize {
 // One row of a quantised weight.
 template <int kBits, bool kZeros>
 struct QuantizedRow {
+    using Group = Dequantize<kZeros>;
+
     const uint8_t* codes;
     const float* scales;
     const uint8_t* zeros;
 
-    Dequantize<kZeros> group(int64_t number) const {
+    Group group(int64_t number) const {
         return {scales[number], kZeros ? static_cast<float>(zeros[number]) : 1 << (kBits - 1)};
     }
 };

@@ -110,7 +110,7 @@ def quantized_linear(x, weight, bias=None):
         raise TypeError(f"weight must be a nearpeak.QuantizedWeight, not {type(weight).__name__}")
     codes, scales, zeros, bits = weight
     try:
-        if torch.is_autocast_enabled(x.device.type):
+        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             x, bias = operators.autocast(x), operators.autocast(bias)
         if backends.reference_serves(x, kernels=KERNELS):
             _check(x, codes, scales, zeros, bias, bits)
