@@ -18,7 +18,9 @@ constexpr int64_t kVectorColumns = 2, kTileColumns = 64;
 #endif
 
 int64_t most_few_columns(const Product& p) {
-    if (p.quantized) return kFewQuantizedColumns;
+    if (p.quantized) {
+        return p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
+    }
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16) return kTileColumns;
 #endif

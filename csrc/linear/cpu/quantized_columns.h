@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../../cpu/arena.h"
 #include "../../cpu/register_tiles.h"
@@ -12,8 +13,9 @@
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
-// From here on blocks, which dequantise once for all rows of x, are as fast.
-constexpr int64_t kFewQuantizedColumns = 16;
+// From here on blocks, which dequantise once for all rows of x, are as fast: in bfloat16 they take pairs, or tiles.
+template <class T>
+constexpr int64_t kFewQuantizedColumns = std::is_same_v<StepOf<T>, Pairs> ? 8 : 16;
 // Two rows of the weight with four of x: each x is loaded once for both. Gflop/s of one thread, 4096 x 4096 in 8 bits,
 // eight rows of x (Zen 5): four together 120, eight with one row of the weight 69.
 constexpr int kQuantizedTogether = 4;
