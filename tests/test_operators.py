@@ -42,8 +42,19 @@ def linear_operands():
     return randn(2, 4, 17), randn(3, 17, seed=1), randn(3, seed=2)
 
 
+def quantized_operands(bits=8, symmetric=True):
+    return randn(2, 4, 64), nearpeak.quantize_weight(randn(3, 64, seed=1), bits, 32, symmetric), randn(3, seed=2)
+
+
 def leaves(*tensors):
     return tuple(t.requires_grad_() for t in tensors)
+
+
+def _quantized(made, **options):
+    """Arguments of the operator; made: x and bias from those of quantized_operands."""
+    x, weight, bias = quantized_operands(**options)
+    x, bias = made(x, bias)
+    return x, *weight[:3], bias, weight.bits
 
 
 X, WEIGHT = norm_operands()
@@ -110,6 +121,8 @@ SAMPLES = {
     "packed_gated_activation_backward": [(X, PACKED, 4, True)],
     "linear": [leaves(*linear_operands()), (*leaves(*linear_operands()[:2]), None)],
     "linear_inference": [tuple(t.bfloat16() for t in linear_operands()), (X.transpose(0, 1), randn(3, 17), None)],
+    "quantized_linear": [_quantized(leaves), _quantized(lambda x, bias: (*leaves(x), None), bits=4, symmetric=False)],
+    "quantized_linear_inference": [_quantized(lambda x, bias: (x.bfloat16().transpose(0, 1), None), bits=4)],
     "linear_input_gradient": [(randn(2, 4, 5), randn(5, 17)), (randn(5, 4).T, randn(5, 17))],
     "linear_bias_gradient": [(randn(2, 4, 5),), (randn(5).bfloat16(),)],
     "linear_weight_gradient": [(randn(2, 4, 5), X), (randn(4, 2, 5).transpose(0, 1), X)],
@@ -189,11 +202,14 @@ LAYERS = {
     "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
     "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "linear": Layer(nearpeak.linear, linear_operands(), (1, None, None)),
+    "QuantizedLinear": Layer(
+        nearpeak.nn.QuantizedLinear.from_weight(*quantized_operands(bits=4)[1:]), quantized_operands()[:1], (1,)
+    ),
     "RMSNorm": Layer(nearpeak.nn.RMSNorm(17, eps=1e-6), (X,), (1,)),
     "LayerNorm": Layer(nearpeak.nn.LayerNorm(17), (X,), (1,)),
     "LayerNorm of two dimensions": Layer(nearpeak.nn.LayerNorm((3, 17)), (randn(5, 3, 17),), (0,)),
 }
-FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention", "linear"]
+FAMILIES = ["add_rms_norm", "add_layer_norm", "rotary", "swiglu_packed", "attention", "linear", "QuantizedLinear"]
 
 
 def results(function, inputs):
@@ -333,7 +349,7 @@ def test_activation_checkpointing_changes_nothing(serving, name):
     assert_equal(results(checkpointed, layer.inputs), results(layer.function, layer.inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("sdpa", "linear")])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("sdpa", "linear", "QuantizedLinear")])
 def test_autocast_leaves_dtypes_alone(serving, name):
     """As it leaves F.rms_norm and eager arithmetic alone; drop-ins for what torch casts have tests of their own."""
     layer = LAYERS[name]
@@ -355,6 +371,8 @@ def sizeable(name):
         return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
     if name == "linear":
         return randn(3, 40, 170), randn(500, 170, seed=1), randn(500, seed=2)
+    if name == "QuantizedLinear":
+        return (randn(3, 200, 64),)
     if "rotary" in name:
         return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
     if name == "qk_norm":
@@ -394,7 +412,7 @@ def test_python_threads_may_call_at_once(serving):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for name, mine in pool.map(call, [*LAYERS] * 6):
             # torch's own products depend on where in memory their operands lie.
-            if (serving, name) != ("reference", "linear"):
+            if serving != "reference" or name not in ("linear", "QuantizedLinear"):
                 assert_equal(mine, expected[name])
 
 

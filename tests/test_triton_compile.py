@@ -16,6 +16,7 @@ from nearpeak_bench.inspect.ours import (
     feedforward_case,
     norm_case,
     qk_norm_case,
+    quantized_linear_case,
     rotary_case,
 )
 from nearpeak_bench.inspect.targets import TARGETS
@@ -87,6 +88,10 @@ CHOSEN = [
     *((rotary_case(128, BFLOAT, interleaved, rotary_dim=64), "sm_90") for interleaved in (False, True)),
     *((feedforward_case(14336, BFLOAT, "silu", direction), "sm_90") for direction in ("forward", "backward")),
     (feedforward_case(2048, SINGLE, "gelu", "backward"), "gfx942"),
+    *((quantized_linear_case(rows, BFLOAT, bits), "sm_90") for rows in (1, 512) for bits in (8, 4)),
+    *((quantized_linear_case(512, BFLOAT, 4, 32, False, True), target) for target in ("sm_80", "sm_100", "sm_120")),
+    (quantized_linear_case(1, BFLOAT, 8, 128), "gfx942"),
+    (quantized_linear_case(512, SINGLE, 4, 128), "sm_86"),
     *((attention_case(128, BFLOAT), target) for target in TARGETS),
     (attention_case(64, BFLOAT), "sm_90"),
     (attention_case(256, BFLOAT, window=(512, 0)), "sm_86"),

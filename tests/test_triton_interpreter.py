@@ -17,7 +17,9 @@ ATTENTION = ["attention", "attention_backward", "attention_terms", "attention_se
 
 
 @pytest.mark.timeout(1800)  # a family takes some minutes, and twice that on a busy machine
-@pytest.mark.parametrize("family", ["norm", "layer_norm", "qk_norm", "rotary", "feedforward", *ATTENTION])
+@pytest.mark.parametrize(
+    "family", ["norm", "layer_norm", "qk_norm", "rotary", "feedforward", "quantized_linear", *ATTENTION]
+)
 def test_interpreted_kernels_are_as_exact_as_plain(family):
     file = FOLDER / f"test_{family}_kernels.py"
     options = ("-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore")

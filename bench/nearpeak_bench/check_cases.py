@@ -37,6 +37,9 @@ SHAPES = {
     "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
     "apply_rotary_partial": [{**HEADS, "sequence": 7}],
     "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
+    "quantized_linear": [
+        {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (1, 5, 64) for bits in (8, 4)
+    ],
     "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
     + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}, {**WIDE, "queries": 9, "keys": 19, "mask": "causal"}],
     "attention_window": [{**HEADS, "queries": 70, "keys": 70, "mask": 17}],

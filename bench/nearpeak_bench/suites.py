@@ -10,7 +10,19 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes, variants
+from . import (
+    attention,
+    attention_terms,
+    feedforward,
+    layer_norm,
+    linear,
+    norm,
+    overhead,
+    quantized_linear,
+    rotary,
+    shapes,
+    variants,
+)
 from .cases import OPERATORS, Case, Operator, Variant
 from .exits import UsageError
 
@@ -18,7 +30,7 @@ SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
-    "linear": linear.CASES,
+    "linear": linear.CASES + quantized_linear.CASES,
     "attention": attention.CASES + attention_terms.CASES,
     "overhead": overhead.CASES,
 }

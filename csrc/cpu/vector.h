@@ -34,6 +34,7 @@ using Float = float __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 using Unsigned = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Short = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
 // Storage types. Both hold 16 bits; arithmetic happens in float.
 struct bfloat16 {
@@ -109,6 +110,25 @@ inline Short narrow(Unsigned bits) {
 inline Unsigned widen(Short bits) { return __builtin_convertvector(bits, Unsigned); }
 inline Short narrow(Unsigned bits) { return __builtin_convertvector(bits, Short); }
 #endif
+
+// Bytes as the numbers they are.
+inline Float to_float(Bytes bytes) {
+#if NEARPEAK_LANES == 16 && defined(__AVX512F__)
+    return reinterpret_cast<Float>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes))));
+#elif NEARPEAK_LANES == 8 && defined(__AVX2__)
+    int64_t bits;
+    std::memcpy(&bits, &bytes, sizeof(bits));
+    return reinterpret_cast<Float>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits))));
+#else
+    return __builtin_convertvector(__builtin_convertvector(bytes, Int), Float);
+#endif
+}
+
+inline Bytes load(const uint8_t* from) {
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    return bytes;
+}
 
 // Half precision in integer arithmetic, for processors without conversion instructions.
 inline Float widen_float16(Short half) {

@@ -5,14 +5,16 @@ from .attention import attention, merge_attention, scaled_dot_product_attention
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
-from .linear import linear
+from .linear import QuantizedWeight, linear, quantize_weight, quantized_linear, read_gguf
 from .norm import layer_norm, qk_norm, rms_norm
-from .patching import PatchReport, patch, patched, unpatch
+from .patching import PatchReport, QuantizationReport, patch, patched, quantize, unpatch
 from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
     "PatchReport",
+    "QuantizationReport",
+    "QuantizedWeight",
     "__version__",
     "activation",
     "apply_rotary",
@@ -27,6 +29,10 @@ __all__ = [
     "patch",
     "patched",
     "qk_norm",
+    "quantize",
+    "quantize_weight",
+    "quantized_linear",
+    "read_gguf",
     "reglu",
     "rms_norm",
     "rotary_frequencies",

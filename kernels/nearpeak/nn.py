@@ -1,7 +1,7 @@
 """Modules of all families, as drop-in replacements for PyTorch's layers of the same names; and positions."""
 
 from .attention.layers import MultiheadAttention
-from .linear import Linear
+from .linear import Linear, QuantizedLinear
 from .norm import LayerNorm, RMSNorm
 from .positions import (
     LearnedPositions,
@@ -16,6 +16,7 @@ __all__ = [
     "LearnedPositions",
     "Linear",
     "MultiheadAttention",
+    "QuantizedLinear",
     "RMSNorm",
     "RelativePositionBias",
     "SinusoidalPositions",

@@ -7,6 +7,7 @@ from nearpeak import triton_launch
 from nearpeak.attention import triton_attention
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
+from nearpeak.linear import triton_quantized
 from nearpeak.norm import triton_norm, triton_qk_norm
 from nearpeak.rotary import triton_rotary
 
@@ -82,6 +83,24 @@ def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) 
     }[direction]
     wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(f"feedforward {name} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
+def quantized_linear_case(
+    rows: int, dtype: torch.dtype, bits: int, group_size: int = 64, symmetric: bool = True, bias: bool = False
+) -> Case:
+    """Of Llama 3 8B's 4096 x 4096; rows: of x."""
+    width, columns = 4096, 4096
+    x = _empty(rows, width, dtype=dtype)
+    codes = _empty(columns, width * bits // 8, dtype=torch.uint8)
+    scales = _empty(columns, width // group_size, dtype=torch.float32)
+    zeros = None if symmetric else _empty(*scales.shape, dtype=torch.uint8)
+    offsets = _empty(columns, dtype=dtype) if bias else None
+    options = f"{' zeros' * (not symmetric)}{' bias' * bias}"
+    return Case(
+        f"quantized_linear {bits} bits in {group_size} {_name(dtype)} {rows} rows{options}",
+        lambda: triton_quantized.quantized_linear(x, codes, scales, zeros, offsets, bits),
+        matrix=dtype.itemsize == 2,
+    )
 
 
 def _options(window, softcap) -> str:
@@ -161,13 +180,21 @@ def every_case() -> list[Case]:
         for dtype in (bfloat, single)
         for width in (14336, 2050)
     ]
+    quantized = [
+        quantized_linear_case(rows, dtype, bits, group_size, symmetric=False, bias=True)
+        for dtype in (bfloat, single)
+        for bits in (8, 4)
+        for group_size in (32, 64, 128)
+        for rows in (1, 64, 512)
+    ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
     odd += [rotary_case(80, bfloat, interleaved, rotary_dim=32) for interleaved in (False, True)]
     odd += [attention_case(head_dim, half) for head_dim in (16, 32, 80, 96, 128)]
     odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
     odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
-    return norms + rotaries + feedforwards + attentions + backwards + odd
+    odd += [quantized_linear_case(64, half, bits) for bits in (8, 4)]
+    return norms + rotaries + feedforwards + quantized + attentions + backwards + odd
 
 
 def common_cases() -> list[Case]:
@@ -178,6 +205,7 @@ def common_cases() -> list[Case]:
         *(norm_case(4096, bfloat, direction, "layer_norm") for direction in ("forward", "backward")),
         rotary_case(128, bfloat, False),
         *(feedforward_case(14336, bfloat, "silu", direction) for direction in ("forward", "backward")),
+        *(quantized_linear_case(rows, bfloat, 4) for rows in (1, 512)),
         *(attention_case(head_dim, bfloat) for head_dim in (64, 128)),
         attention_case(128, bfloat, length=1),
         attention_backward_case(128, bfloat),
@@ -188,6 +216,7 @@ FAMILIES = {
     "norm": ("rms_norm", "layer_norm", "qk_norm"),
     "rotary": ("rotary",),
     "feedforward": ("feedforward",),
+    "linear": ("quantized_linear",),
     "attention": ("attention",),
 }
 

@@ -16,6 +16,7 @@
 #include "../../cpu/register_tiles.h"
 #include "../../cpu/tiles.h"
 #include "pack.h"
+#include "quantized.h"
 #include "store.h"
 #include "tile_step.h"
 
@@ -95,6 +96,7 @@ class BlockProduct {
     }
 
     void pack_left(Range its_rows, Range chunk) {
+        if (p.quantized) return dequantize_left<Step>(*p.quantized, p.steps, its_rows, chunk, left, left_stride);
         const Stored<T> from{static_cast<const T*>(p.left), p.left_matrix.rows};
         if (p.left_matrix.transposed) {
             transpose_left<Step>(from, its_rows, chunk, left, left_stride);

@@ -6,6 +6,7 @@
 
 #include "block.h"
 #include "few_columns.h"
+#include "quantized_columns.h"
 #include "tile_columns.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
@@ -14,11 +15,17 @@ namespace {
 #ifdef NEARPEAK_HAS_TILES
 // Up to so many columns vectors are as fast as tiles, beyond so many blocks are (AMX machine; see few_columns.h).
 constexpr int64_t kVectorColumns = 2, kTileColumns = 64;
-
-int64_t most_few_columns(Dtype dtype) { return dtype == Dtype::bfloat16 ? kTileColumns : kFewColumns; }
-#else
-int64_t most_few_columns(Dtype) { return kFewColumns; }
 #endif
+
+int64_t most_few_columns(const Product& p) {
+    if (p.quantized) {
+        return p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
+    }
+#ifdef NEARPEAK_HAS_TILES
+    if (p.dtype == Dtype::bfloat16) return kTileColumns;
+#endif
+    return kFewColumns;
+}
 
 template <class Function>
 void with_product(const Product& p, const Block& block, float* scratch, Function function) {
@@ -44,6 +51,10 @@ void multiply(const Product& p, const Block& block, float* scratch) {
 template <class Function>
 void with_few_columns(const Product& p, float* scratch, Function function) {
     Arena arena(scratch);
+    if (p.quantized) {
+        QuantizedColumns columns(p, arena);
+        return function(columns, arena);
+    }
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16 && p.columns > kVectorColumns) {
         TileColumns columns(p, arena);

@@ -15,6 +15,22 @@ struct Matrix {
     bool transposed;
 };
 
+// A weight of `bits`-bit codes, one scale and perhaps one zero point per row and group of neighbouring steps:
+//
+//     weight[row][step] = scales[row][group] * (code[row][step] - zeros[row][group]),  group = step / group_size
+//
+// A zero that is not given is the middle code. Rows lie one after the other. 4-bit codes lie in blocks of
+// kCodeBlock: byte i of a block's kCodeBlock / 2 holds its code i in the low half and code i + kCodeBlock / 2 in the
+// high one, so that each half of a vector of bytes is a vector of neighbouring codes.
+struct Quantized {
+    const uint8_t* codes;
+    const float* scales;
+    const uint8_t* zeros;  // or null
+    int group_shift;       // log2 of group_size, which is kCodeBlock at least and divides the steps
+    int bits;              // 8 or 4
+};
+constexpr int64_t kCodeBlock = 32;
+
 //     out[row][column] = bias[row] + sum over steps of left[row][step] * right[step][column]
 //
 //                        left            right           out         steps
@@ -25,7 +41,8 @@ struct Matrix {
 // Forward computes y^T: elements of `left` are broadcast, and so the weight, the largest of the three, need not be
 // transposed in memory.
 struct Product {
-    const void* left;
+    const void* left;            // or null, where there is
+    const Quantized* quantized;  // a quantised one, or null
     const void* right;
     const void* bias;  // or null
     void* out;
@@ -50,7 +67,7 @@ struct Kernels {
 
     // For y^T of few rows of x, up to `most_few_columns`: rows [begin, end) of `out`, all columns. The weight's bytes
     // are the limit.
-    int64_t (*most_few_columns)(Dtype);
+    int64_t (*most_few_columns)(const Product&);
     int64_t (*few_columns_scratch)(const Product&);
     void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
 };

@@ -73,20 +73,43 @@ Tensor empty_with_width(const Tensor& like, int64_t width) {
 
 Rows contiguous_rows(int64_t width) { return {1, width, 0}; }
 
-void run(Product& p, const RowsOf& left, const RowsOf& right, const Tensor& out) {
-    p.left = left.data();
+void run(Product& p, const RowsOf& right, const Tensor& out) {
     p.right = right.data();
-    p.left_matrix.rows = left.rows;
     p.right_matrix.rows = right.rows;
     p.out = out.mutable_data_ptr();
     p.out_matrix.rows = contiguous_rows(out.sizes().back());
     p.dtype = dtype_of(out);
     const Kernels& kernels = *kKernels[selected_isa()];
-    if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p.dtype)) {
+    if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p)) {
         run_few_columns(p, kernels);
     } else {
         run_blocks(p, kernels);
     }
+}
+
+void run(Product& p, const RowsOf& left, const RowsOf& right, const Tensor& out) {
+    p.left = left.data();
+    p.left_matrix.rows = left.rows;
+    run(p, right, out);
+}
+
+// y^T of `rows` features, from `steps` features of x.
+Product forward_product(int64_t rows, int64_t steps, const Tensor& x, const std::optional<Tensor>& dense_bias) {
+    Product p{};
+    p.bias = dense_bias ? dense_bias->const_data_ptr() : nullptr;
+    p.right_matrix.transposed = p.out_matrix.transposed = true;
+    p.rows = rows;
+    p.columns = rows_of(x);
+    p.steps = steps;
+    return p;
+}
+
+std::optional<Tensor> made_dense(const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional<Tensor>(made_contiguous(*tensor)) : std::nullopt;
+}
+
+bool is_bias_of(const std::optional<Tensor>& bias, const Tensor& x, int64_t features) {
+    return !bias || (bias->dim() == 1 && same_kind(*bias, x) && bias->size(0) == features);
 }
 
 bool is_weight_of(const Tensor& weight, const Tensor& x) {
@@ -94,19 +117,49 @@ bool is_weight_of(const Tensor& weight, const Tensor& x) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    require(is_weight_of(weight, x) &&
-                (!bias || (bias->dim() == 1 && same_kind(*bias, x) && bias->size(0) == weight.size(0))),
-            "linear");
+    require(is_weight_of(weight, x) && is_bias_of(bias, x, weight.size(0)), "linear");
     Tensor y = empty_with_width(x, weight.size(0));
     if (y.numel() == 0) return y;
-    const std::optional<Tensor> dense_bias = bias ? std::optional<Tensor>(made_contiguous(*bias)) : std::nullopt;
-    Product p{};
-    p.bias = dense_bias ? dense_bias->const_data_ptr() : nullptr;
-    p.right_matrix.transposed = p.out_matrix.transposed = true;
-    p.rows = weight.size(0);
-    p.columns = rows_of(x);
-    p.steps = weight.size(1);
+    const std::optional<Tensor> dense_bias = made_dense(bias);
+    Product p = forward_product(weight.size(0), weight.size(1), x, dense_bias);
     run(p, RowsOf(weight), RowsOf(x), y);
+    return y;
+}
+
+bool is_matrix(const Tensor& tensor, torch::headeronly::ScalarType dtype, int64_t rows, int64_t columns) {
+    return tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == 2 && tensor.size(0) == rows &&
+           tensor.size(1) == columns;
+}
+
+bool is_quantized_weight_of(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros, int64_t bits,
+                            const Tensor& x) {
+    using torch::headeronly::ScalarType;
+    if (x.dim() == 0 || !x.is_cpu() || codes.dim() != 2 || scales.dim() != 2 || (bits != 8 && bits != 4)) return false;
+    const int64_t rows = codes.size(0), width = x.sizes().back(), groups = scales.size(1);
+    return width > 0 && (width == groups << 5 || width == groups << 6 || width == groups << 7) &&
+           is_matrix(codes, ScalarType::Byte, rows, width * bits / 8) &&
+           is_matrix(scales, ScalarType::Float, rows, groups) &&
+           (!zeros || is_matrix(*zeros, ScalarType::Byte, rows, groups));
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
+                        const std::optional<Tensor>& bias, int64_t bits) {
+    require(is_quantized_weight_of(codes, scales, zeros, bits, x) && is_bias_of(bias, x, codes.size(0)),
+            "quantized_linear");
+    Tensor y = empty_with_width(x, codes.size(0));
+    if (y.numel() == 0) return y;
+    const Tensor dense_codes = made_contiguous(codes), dense_scales = made_contiguous(scales);
+    const std::optional<Tensor> dense_zeros = made_dense(zeros), dense_bias = made_dense(bias);
+    const Quantized quantized{
+        static_cast<const uint8_t*>(dense_codes.const_data_ptr()),
+        static_cast<const float*>(dense_scales.const_data_ptr()),
+        dense_zeros ? static_cast<const uint8_t*>(dense_zeros->const_data_ptr()) : nullptr,
+        __builtin_ctzll(x.sizes().back() / scales.size(1)),
+        static_cast<int>(bits),
+    };
+    Product p = forward_product(codes.size(0), x.sizes().back(), x, dense_bias);
+    p.quantized = &quantized;
+    run(p, RowsOf(x), y);
     return y;
 }
 
@@ -147,6 +200,8 @@ Tensor linear_weight_gradient(const Tensor& grad, const Tensor& x) {
 STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("linear", TORCH_BOX(&linear));
     library.impl("linear_inference", TORCH_BOX(&linear));
+    library.impl("quantized_linear", TORCH_BOX(&quantized_linear));
+    library.impl("quantized_linear_inference", TORCH_BOX(&quantized_linear));
     library.impl("linear_input_gradient", TORCH_BOX(&linear_input_gradient));
     library.impl("linear_weight_gradient", TORCH_BOX(&linear_weight_gradient));
 }

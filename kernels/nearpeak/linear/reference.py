@@ -6,7 +6,8 @@
 In float32 (float64 for float64), rounded once at the end.
 """
 
-from ..operators import widened, without_autocast
+from ..operators import accumulation_dtype, widened, without_autocast
+from .weights import dequantized
 
 
 def linear(x, weight, bias):
@@ -15,6 +16,11 @@ def linear(x, weight, bias):
     if bias is not None:
         y = y + widened(bias)
     return y.to(x.dtype)
+
+
+def quantized_linear(x, codes, scales, zeros, bias, bits):
+    """y = x W^T + b with W = scale (code - zero); see weights.py."""
+    return linear(x, dequantized(codes, scales, zeros, bits, accumulation_dtype(x.dtype)), bias)
 
 
 def linear_input_gradient(grad, weight):

@@ -3,8 +3,9 @@
     report = nearpeak.patch(model)      linear layers, norms, activations, rotary embedding, attention: kernels
     nearpeak.unpatch(model)             the model is exactly what it was
     with nearpeak.patched(model): ...   both, around a block
+    report = nearpeak.quantize(model)   linear layers get weights of 8 or 4 bits, for good (quantization.py)
 
-Weights are shared, never copied, and no other model in the process changes. Each kind of layer has its file:
+Patching shares weights, never copies them, and no other model in the process changes. Each kind of layer has its file:
 
     linears.py    torch.nn.Linear
     multihead.py  torch.nn.MultiheadAttention
@@ -16,6 +17,16 @@ Weights are shared, never copied, and no other model in the process changes. Eac
 """
 
 from .model import patch, patched, register, unpatch
+from .quantization import QuantizationReport, QuantizedLayer, quantize
 from .report import PatchReport
 
-__all__ = ["PatchReport", "patch", "patched", "register", "unpatch"]
+__all__ = [
+    "PatchReport",
+    "QuantizationReport",
+    "QuantizedLayer",
+    "patch",
+    "patched",
+    "quantize",
+    "register",
+    "unpatch",
+]

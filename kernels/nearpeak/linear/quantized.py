@@ -1,0 +1,122 @@
+"""The torch operator of linear layers with quantised weights, and its public function.
+
+The weight is a constant: gradients reach x and bias, through the dequantised weight.
+"""
+
+import torch
+
+from .. import backends, operators
+from ..checks import check_floating, check_same, check_same_kind
+from . import reference
+from .weights import BITS, GROUP_SIZES, QuantizedWeight, dequantized
+
+if backends.missing("triton") is None:
+    from . import triton_quantized as triton_kernels
+else:
+    triton_kernels = None
+
+KERNELS = backends.WITHOUT_CUDA
+
+
+def _check_part(name, tensor, dtype, shape, x):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} must be {dtype}, not {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+    check_same(name, tensor, "x", x, "device")
+
+
+def _check(x, codes, scales, zeros, bias, bits):
+    check_floating("x", x)
+    if not x.dim():
+        raise ValueError("x must have at least one dimension")
+    if bits not in BITS:
+        raise ValueError(f"bits must be 8 or 4, not {bits!r}")
+    for name, tensor in (("codes", codes), ("scales", scales)):
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+            raise ValueError(f"{name} must be a tensor of two dimensions")
+    width, groups = x.shape[-1], scales.shape[1]
+    _check_part("codes", codes, torch.uint8, (codes.shape[0], width * bits // 8), x)
+    _check_part("scales", scales, torch.float32, (codes.shape[0], groups), x)
+    if width not in (groups * size for size in GROUP_SIZES) or width == 0:
+        raise ValueError(f"scales must have a column per 32, 64 or 128 of x's {width} features, not {groups} columns")
+    if zeros is not None:
+        _check_part("zeros", zeros, torch.uint8, scales.shape, x)
+    if bias is not None:
+        check_same_kind("bias", bias, "x", x)
+        if bias.shape != codes.shape[:1]:
+            raise ValueError(f"bias must have shape {tuple(codes.shape[:1])}, not {tuple(bias.shape)}")
+
+
+def _save(ctx, inputs, output):
+    _, codes, scales, zeros, _, ctx.bits = inputs
+    ctx.save_for_backward(codes, scales, zeros)
+
+
+def _gradient(ctx, grad):
+    codes, scales, zeros = ctx.saved_tensors
+    d_x = None
+    if ctx.needs_input_grad[0]:
+        dtype = operators.accumulation_dtype(grad.dtype)
+        weight = dequantized(codes, scales, zeros, ctx.bits, dtype).to(grad.dtype)
+        d_x = torch.ops.nearpeak.linear_input_gradient(grad, weight)
+    d_bias = torch.ops.nearpeak.linear_bias_gradient(grad) if ctx.needs_input_grad[4] else None
+    return d_x, None, None, None, d_bias, None
+
+
+operators.define(
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits) -> Tensor",
+    check=_check,
+    reference=reference.quantized_linear,
+    triton=triton_kernels and triton_kernels.quantized_linear,
+    shapes=lambda x, codes, scales, zeros, bias, bits: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    backward=_gradient,
+    setup_context=_save,
+)
+
+# Looked up once: each attribute of torch.ops costs 0.1 us a call.
+_quantized_linear = torch.ops.nearpeak.quantized_linear.default
+_quantized_linear_inference = torch.ops.nearpeak.quantized_linear_inference.default
+
+
+def quantized_linear(x, weight, bias=None):
+    """A linear layer with a quantised weight: y = x dequantize(weight)^T + bias.
+
+    The weight is read in its 8 or 4 bits and widened in registers. Of bfloat16 and many rows, processors with units for
+    it multiply the weight rounded to bfloat16; else it is not rounded. Sums are float32, and y is rounded once.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64; any strides (a dense last dimension is read
+            without a copy).
+        weight: QuantizedWeight, from `nearpeak.quantize_weight` or `nearpeak.read_gguf`, on x's device.
+        bias: (out_features,), x's dtype; None for none.
+
+    Returns:
+        y, (..., out_features), in x's dtype, contiguous. Under torch.autocast as torch.nn.functional.linear.
+        Gradients reach x and bias.
+
+    Raises:
+        TypeError: a dtype that is not served, or a weight that is not a QuantizedWeight. ValueError: a shape or device
+        that does not fit.
+
+    Source: weights in groups, products in floating point, as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323.
+
+    >>> weight = nearpeak.quantize_weight(torch.randn(2048, 640), bits=8)
+    >>> y = nearpeak.quantized_linear(torch.randn(4, 640, dtype=torch.bfloat16), weight)
+    """
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"weight must be a nearpeak.QuantizedWeight, not {type(weight).__name__}")
+    codes, scales, zeros, bits = weight
+    try:
+        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            x, bias = operators.autocast(x), operators.autocast(bias)
+        if backends.reference_serves(x, kernels=KERNELS):
+            _check(x, codes, scales, zeros, bias, bits)
+            return reference.quantized_linear(x, codes, scales, zeros, bias, bits)
+        call = _quantized_linear if operators.wants_gradient(x, bias) else _quantized_linear_inference
+        return call(x, codes, scales, zeros, bias, bits)
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check(x, codes, scales, zeros, bias, bits)
+        raise
