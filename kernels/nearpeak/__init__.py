@@ -1,7 +1,14 @@
 """nearpeak: fused Transformer kernels for PyTorch, with the same numbers as the plain layers."""
 
 from . import compat, nn
-from .attention import attention, merge_attention, scaled_dot_product_attention
+from .attention import (
+    BlockMask,
+    attention,
+    create_block_mask,
+    masks,
+    merge_attention,
+    scaled_dot_product_attention,
+)
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
@@ -12,16 +19,19 @@ from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
+    "BlockMask",
     "PatchReport",
     "__version__",
     "activation",
     "apply_rotary",
     "attention",
     "compat",
+    "create_block_mask",
     "explain",
     "geglu",
     "layer_norm",
     "linear",
+    "masks",
     "merge_attention",
     "nn",
     "patch",

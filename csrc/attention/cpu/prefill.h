@@ -10,10 +10,12 @@
 // queries and outputs, touched once, are transposed.
 #pragma once
 
+#include <utility>
+
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "block_mask.h"
 #include "dropout.h"
-#include "mask.h"
 #include "panel.h"
 #include "score_terms.h"
 
@@ -28,7 +30,7 @@ class Prefill {
         maximum = arena.take(panels_of(task) * kPanel);
         total = arena.take(panels_of(task) * kPanel);
         scores = arena.take(Products::kBlock * kPanel);
-        if (p.has_terms()) terms = arena.take(kLanes * kTermStride);
+        if (p.has_terms() || p.blocks.starts) terms = arena.take(kLanes * kTermStride);
     }
 
     void run() {
@@ -44,8 +46,15 @@ class Prefill {
         const int64_t first = task.key_begin / Products::kBlock * Products::kBlock;
         for (int64_t begin = first; begin < task.key_end; begin += Products::kBlock) {
             const int64_t end = std::min(begin + Products::kBlock, task.key_end);
-            products.load_block(begin, end);
-            for (int64_t panel = 0; panel < panels; ++panel) add_block(panel, begin, end);
+            bool loaded = false;
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                const PanelRows rows(task, panel);
+                for_each_run(p, task, rows.begin, rows.end, begin, end, Products::kStep,
+                             [&](int64_t first, int64_t last, bool whole) {
+                                 if (!std::exchange(loaded, true)) products.load_block(begin, end);
+                                 add_run(panel, begin, {first, last}, whole);
+                             });
+            }
         }
     }
 
@@ -74,19 +83,20 @@ class Prefill {
         std::fill_n(total + panel * kPanel, kPanel, 0.0f);
     }
 
-    void add_block(int64_t panel, int64_t block_begin, int64_t block_end) {
+    // Keys `run` of the block that begins with key block_begin. `whole`: no block mask hides any of them from a row.
+    void add_run(int64_t panel, int64_t block_begin, KeyRange run, bool whole) {
         const PanelRows rows(task, panel);
         const KeyRange first = allowed_keys(p, task.sequence, rows.begin / p.group());
         const KeyRange last = allowed_keys(p, task.sequence, (rows.end - 1) / p.group());
         const auto [allowed_begin, end] =
-            allowed_by_mask(p, task, std::max(block_begin, first.begin), std::min(block_end, last.end));
+            allowed_by_mask(p, task, std::max(run.begin, first.begin), std::min(run.end, last.end));
         if (allowed_begin >= end) return;
         const int64_t begin = block_begin + (allowed_begin - block_begin) / Products::kStep * Products::kStep;
         products.score(panel, begin, end, scores);
         if (!Products::kScoresAreScaled && !softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
-        if (p.has_terms()) {
-            for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
+        if (p.has_terms() || !whole) {
+            for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end, whole);
         }
         // Rows of a panel see the same keys of this block, but where a window's edge passes.
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);
@@ -116,12 +126,13 @@ class Prefill {
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, capped(p, load(scores + i)));
     }
 
-    void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end) {
+    void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end, bool whole) {
         const int64_t first = rows.begin + half * kLanes, last = std::min<int64_t>(first + kLanes, rows.end);
         for (int64_t row = first; row < last; ++row) {
             float* const of_row = terms + (row - first) * kTermStride;
             std::fill_n(of_row, end - begin, 0.0f);
-            add_terms(p, task, row, begin, end, of_row);
+            if (p.has_terms()) add_terms(p, task, row, begin, end, of_row);
+            if (!whole) add_block_mask(p, task, row, begin, end, of_row);
         }
         const auto lanes =
             lanes_of<float>(first, last, [&](int64_t row) { return terms + (row - first) * kTermStride; });

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "mask.h"
+#include "block_mask.h"
 #include "rows.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -53,6 +53,14 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         }
     }
     if (p.mask.data) add(p.mask, static_cast<Permission*>(nullptr), [](Float term) { return term; });
+}
+
+// scores[0 .. end - begin) += -infinity where a block mask hides one of keys [begin, end) from a row.
+inline void add_block_mask(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, float* scores) {
+    uint8_t allowed[SeenBlocks::kMostKeys + kLanes];
+    write_permissions(p, task, row, begin, end, allowed);
+    const auto* const permissions = reinterpret_cast<const Permission*>(allowed);
+    for (int64_t k = 0; k < end - begin; k += kLanes) store(scores + k, load(scores + k) + load(permissions + k));
 }
 
 // Of keys [begin, end), those between the first and the last that the mask allows, where one mask row serves all rows
