@@ -44,6 +44,9 @@ SHAPES = {
     "attention_latent": [{**HEADS, "queries": 37, "keys": 37, "mask": "causal", "value_dim": 24}],
     "attention_terms": [{**TERMS, "term": term} for term in ("padding", "bias", "alibi")],
     "attention_bias": [{**TERMS, "term": "bias"}],
+    "attention_blocks": [
+        {"heads": 3, "length": 200, "head_dim": 40, "mask": mask} for mask in ("prefix", "documents", "chunked")
+    ],
     **dict.fromkeys(("attention_softcap", "attention_dropout", "attention_key_ranges"), PAIRS),
     "attention_sinks": SINKS,
     "attention_packed": SEQUENCES,

@@ -10,7 +10,19 @@ from typing import NamedTuple
 
 import torch
 
-from . import attention, attention_terms, feedforward, layer_norm, linear, norm, overhead, rotary, shapes, variants
+from . import (
+    attention,
+    attention_blocks,
+    attention_terms,
+    feedforward,
+    layer_norm,
+    linear,
+    norm,
+    overhead,
+    rotary,
+    shapes,
+    variants,
+)
 from .cases import OPERATORS, Case, Operator, Variant
 from .exits import UsageError
 
@@ -19,7 +31,7 @@ SUITES = {
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
     "linear": linear.CASES,
-    "attention": attention.CASES + attention_terms.CASES,
+    "attention": attention.CASES + attention_terms.CASES + attention_blocks.CASES,
     "overhead": overhead.CASES,
 }
 

@@ -58,7 +58,6 @@ class BackwardBlock {
     const Backward& p;
     const Task& task;
     BackwardView view;
-    bool whole = true;  // whether no block mask hides any of the keys from one of the view's rows
     Gradients gradients;
     const int64_t width, value_width;      // a row's elements, in whole panels: of query and key, of value
     float *const scores, *const d_scores;  // rows x kBlockKeys
@@ -67,11 +66,7 @@ class BackwardBlock {
 
     // All that rows [row, row + count) add to anything, in turn where other tasks add to the same.
     void add_rows(int64_t row, int64_t count, Turn* turns, int64_t before, int64_t own) {
-        view.first_row = row;
-        view.rows = std::min(count, task.row_end - row);
-        if (p.blocks.starts) {
-            whole = SeenBlocks(p, task, row, row + view.rows, task.key_begin, task.key_end).all_whole();
-        }
+        view.look_at(row, std::min(count, task.row_end - row));
         gradients.load_rows();
         gradients.multiply_keys(scores, d_scores);
         differentiate();
@@ -99,7 +94,7 @@ class BackwardBlock {
             if (!Gradients::kScoresAreScaled && !weights_are_scaled_late()) scale(weights);
             if (p.softcap > 0) cap(weights, slopes);
             if (p.has_terms()) add_terms(p, task, view.first_row + row, task.key_begin, task.key_end, weights);
-            if (!whole) hide(view.first_row + row, weights, gradient, p.softcap > 0 ? slopes : nullptr);
+            if (!view.whole) hide(view.first_row + row, weights, gradient, p.softcap > 0 ? slopes : nullptr);
             if (p.drops()) {
                 dropout_factors(p, task, view.first_row + row, task.key_begin, task.key_begin + kBlockKeys, kept);
                 multiply(gradient, kept);
@@ -144,7 +139,7 @@ class BackwardBlock {
 
     // Whether unscaled scores become scaled only as they become P. -infinity keeps its sign only by a positive scale.
     bool weights_are_scaled_late() const {
-        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms() && (whole || p.scale > 0);
+        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms() && (view.whole || p.scale > 0);
     }
     void scale(float* weights) const {
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));

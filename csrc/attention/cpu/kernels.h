@@ -82,9 +82,7 @@ struct Call {
     bool drops() const { return dropout.threshold > 0; }
     // Whether eager operators alone do such a call in PyTorch, forward and backward: then gradients are held against
     // exact softmax, where else against its fused backward's too.
-    bool eager_elsewhere() const {
-        return softcap > 0 || has_terms() || sinks || drops() || value_dim != head_dim || blocks.starts;
-    }
+    bool eager_elsewhere() const { return softcap > 0 || has_terms() || sinks || drops() || value_dim != head_dim; }
 
     // Rows are the (position, head) pairs that share one key head, heads of a position next to each other: so that
     // grouped heads share what is loaded, and a run of rows spans few positions under a causal mask.

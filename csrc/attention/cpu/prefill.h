@@ -17,6 +17,7 @@
 #include "block_mask.h"
 #include "dropout.h"
 #include "panel.h"
+#include "panel_mask.h"
 #include "score_terms.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -25,12 +26,12 @@ template <class T, class Products>
 class Prefill {
   public:
     Prefill(const Forward& parameters, const Task& this_task, Arena& arena)
-        : p(parameters), task(this_task), products(parameters, this_task, arena) {
+        : p(parameters), task(this_task), products(parameters, this_task, arena), block_mask(arena) {
         out = arena.take(panels_of(task) * Products::out_rows(p) * kPanel);
         maximum = arena.take(panels_of(task) * kPanel);
         total = arena.take(panels_of(task) * kPanel);
         scores = arena.take(Products::kBlock * kPanel);
-        if (p.has_terms() || p.blocks.starts) terms = arena.take(kLanes * kTermStride);
+        if (p.has_terms()) terms = arena.take(kLanes * kTermStride);
     }
 
     void run() {
@@ -67,6 +68,7 @@ class Prefill {
     const Forward& p;
     const Task& task;
     Products products;
+    PanelMask block_mask;
     float *out, *maximum, *total, *scores, *terms = nullptr;
 
     // From one row's terms to the next, an odd number of vectors, which spreads rows over all sets of a cache.
@@ -88,15 +90,28 @@ class Prefill {
         const PanelRows rows(task, panel);
         const KeyRange first = allowed_keys(p, task.sequence, rows.begin / p.group());
         const KeyRange last = allowed_keys(p, task.sequence, (rows.end - 1) / p.group());
-        const auto [allowed_begin, end] =
+        auto [allowed_begin, end] =
             allowed_by_mask(p, task, std::max(run.begin, first.begin), std::min(run.end, last.end));
         if (allowed_begin >= end) return;
-        const int64_t begin = block_begin + (allowed_begin - block_begin) / Products::kStep * Products::kStep;
+        const auto step_of = [&](int64_t key) { return key - (key - block_begin) % Products::kStep; };
+        int64_t begin = step_of(allowed_begin);
+        if (!whole) {
+            block_mask.load(p, task, rows, begin, end);
+            const KeyRange seen = block_mask.seen(allowed_begin, end);
+            if (seen.begin >= seen.end) return;
+            begin = step_of(seen.begin);
+            end = seen.end;
+        }
         products.score(panel, begin, end, scores);
         if (!Products::kScoresAreScaled && !softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
-        if (p.has_terms() || !whole) {
-            for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end, whole);
+        if (p.has_terms()) {
+            for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
+        }
+        if (!whole) {
+            const KeyRange hidden = block_mask.hidden(begin, end);
+            float* const from = scores + (hidden.begin - begin) * kPanel;
+            for (int half = 0; half < kPanelVectors; ++half) block_mask.hide(half, hidden.begin, hidden.end, from);
         }
         // Rows of a panel see the same keys of this block, but where a window's edge passes.
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);
@@ -126,13 +141,12 @@ class Prefill {
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, capped(p, load(scores + i)));
     }
 
-    void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end, bool whole) {
+    void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end) {
         const int64_t first = rows.begin + half * kLanes, last = std::min<int64_t>(first + kLanes, rows.end);
         for (int64_t row = first; row < last; ++row) {
             float* const of_row = terms + (row - first) * kTermStride;
             std::fill_n(of_row, end - begin, 0.0f);
-            if (p.has_terms()) add_terms(p, task, row, begin, end, of_row);
-            if (!whole) add_block_mask(p, task, row, begin, end, of_row);
+            add_terms(p, task, row, begin, end, of_row);
         }
         const auto lanes =
             lanes_of<float>(first, last, [&](int64_t row) { return terms + (row - first) * kTermStride; });

@@ -18,9 +18,10 @@ struct Permission {
     uint8_t allowed;
 };
 inline Float load(const Permission* from) {
-    Float term;
-    for (int lane = 0; lane < kLanes; ++lane) term[lane] = from[lane].allowed ? 0.0f : -kInfinity;
-    return term;
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    Bytes allowed;
+    std::memcpy(&allowed, from, sizeof(allowed));
+    return select(__builtin_convertvector(allowed, Int) != 0, Float{}, broadcast(-kInfinity));
 }
 
 // In base 2. A finite bias stays finite, as in plain softmax: rows whose keys all have the most negative one see all.
@@ -53,14 +54,6 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         }
     }
     if (p.mask.data) add(p.mask, static_cast<Permission*>(nullptr), [](Float term) { return term; });
-}
-
-// scores[0 .. end - begin) += -infinity where a block mask hides one of keys [begin, end) from a row.
-inline void add_block_mask(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, float* scores) {
-    uint8_t allowed[SeenBlocks::kMostKeys + kLanes];
-    write_permissions(p, task, row, begin, end, allowed);
-    const auto* const permissions = reinterpret_cast<const Permission*>(allowed);
-    for (int64_t k = 0; k < end - begin; k += kLanes) store(scores + k, load(scores + k) + load(permissions + k));
 }
 
 // Of keys [begin, end), those between the first and the last that the mask allows, where one mask row serves all rows
