@@ -53,6 +53,8 @@ MASKS = {
     "last": lambda case: lambda b, h, q, k: (q == case.query_length - 1) & (k == case.key_length - 1),
 }
 LONG, TALL = Case(300, 410, heads=4, key_heads=2, batch=2), Case(200, 70, heads=3, key_heads=1, batch=2)
+# Of cases of many rows.
+FEW_DRAWS = 2
 BATCH, EACH = (True, False), (True, True)
 CASES = [
     *(Masked(case, mask) for case in (LONG, TALL) for mask in ("causal", "window", "scattered", "last")),
@@ -164,13 +166,13 @@ def standards_of(masked, draws):
 
 @functools.lru_cache(maxsize=2)
 def standard(masked, dtype):
-    return standards_of(masked, draws_of(masked.case, dtype, count=4))
+    return standards_of(masked, draws_of(masked.case, dtype, count=FEW_DRAWS))
 
 
 @pytest.mark.parametrize("masked", CASES, ids=masked_name)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_gradients_are_as_exact_as_plain(serving, dtype, masked):
-    assert_as_exact(values(served(masked), draws_of(masked.case, dtype, count=4)), standard(masked, dtype))
+    assert_as_exact(values(served(masked), draws_of(masked.case, dtype, count=FEW_DRAWS)), standard(masked, dtype))
 
 
 @pytest.mark.parametrize("per", [(False, False), EACH], ids=["one", "each"])
@@ -231,7 +233,7 @@ def test_rows_without_a_key(serving):
 def test_same_bits_on_any_number_of_threads(serving, mask):
     if serving == "reference":
         pytest.skip("PyTorch's matrix products sum in an order that depends on the threads")
-    masked = Masked(Case(500, 700, heads=4, key_heads=2, batch=2, head_dim=32), mask, (32, 64), EACH)
+    masked = Masked(Case(210, 400, heads=4, key_heads=2, batch=2), mask, (32, 64), EACH)
     inputs, grads = inputs_of(masked.case, torch.float32)
     expected = plain.value_and_gradients(served(masked), inputs, grads)
     for threads in (2, 5, 2):
@@ -282,7 +284,7 @@ def test_a_block_mask_of_torch(serving, mask, block, apart):
     if not apart:
         blocks = of_torch.to_dense().bool()
         of_torch = flex_attention.BlockMask.from_kv_blocks(
-            blocks.sum(-1), blocks.int().argsort(-1, descending=True, stable=True).int(),
+            blocks.sum(-1).int(), blocks.int().sort(dim=-1, descending=True, stable=True).indices.int(),
             BLOCK_SIZE=size, mask_mod=mask_mod_of(masked), seq_lengths=(300, 410),
         )  # fmt: skip
         assert of_torch.full_kv_num_blocks is None
@@ -323,7 +325,10 @@ def attend(block_mask=None, query=None, **replaced):
         mask = whole._replace(**{name: change(getattr(whole, name)) for name, change in replaced.items()})
         key = torch.ones(2, 2, 60, 8)
         return nearpeak.attention(
-            torch.ones(2, 4, 50, 8) if query is None else query, key, key, block_mask=block_mask or mask
+            torch.ones(2, 4, 50, 8) if query is None else query,
+            key,
+            key,
+            block_mask=mask if block_mask is None else block_mask,
         )
 
     return run
@@ -386,10 +391,10 @@ def test_bad_input_is_named(serving, bad):
 def random_masked(draw):
     key_heads = draw(st.integers(1, 2))
     case = Case(
-        query_length=draw(st.integers(1, 150)),
-        key_length=draw(st.integers(1, 300)),
-        head_dim=draw(st.integers(1, 70)),
-        heads=key_heads * draw(st.integers(1, 4)),
+        query_length=draw(st.integers(1, 70)),
+        key_length=draw(st.integers(1, 200)),
+        head_dim=draw(st.integers(1, 40)),
+        heads=key_heads * draw(st.integers(1, 3)),
         key_heads=key_heads,
         batch=draw(st.integers(1, 2)),
         causal=draw(st.booleans()),

@@ -69,27 +69,34 @@ def _training_work(heads, length, head_dim, mask):
     return Work(7 * forward.flops // 2, read=4 * forward.written, written=4 * forward.written)
 
 
-attention_blocks = Operator(
-    name="attention_blocks",
-    shape="{heads}x{length}x{head_dim} {mask}",
-    inputs=_inputs,
-    reference=_reference,
-    plain=lambda **inputs: _sdpa(**inputs)(),
-    work={"forward": _work, "training": _training_work},
-    kernels={"forward": "attention_blocks_inference", "training": "attention_blocks_backward"},
-    differentiable=("query", "key", "value"),
+def _operator(name, work, kernels):
+    operator = Operator(
+        name=name,
+        shape="{heads}x{length}x{head_dim} {mask}",
+        inputs=_inputs,
+        reference=_reference,
+        plain=lambda **inputs: _sdpa(**inputs)(),
+        work=work,
+        kernels=kernels,
+        differentiable=("query", "key", "value"),
+    )
+
+    @operator.implementation("nearpeak")
+    def _(query, key, value, mask):
+        block_mask = _block_mask(mask, query.shape[2]).to(query.device)
+        return lambda: nearpeak.attention(query, key, value, block_mask=block_mask)
+
+    operator.implementation("SDPA", baseline=True)(_sdpa)
+    return operator
+
+
+attention_blocks = _operator("attention_blocks", {"forward": _work}, {"forward": "attention_blocks_inference"})
+attention_blocks_training = _operator(
+    "attention_blocks_training", {"training": _training_work}, {"training": "attention_blocks_backward"}
 )
 
 
-@attention_blocks.implementation("nearpeak")
-def _(query, key, value, mask):
-    block_mask = _block_mask(mask, query.shape[2]).to(query.device)
-    return lambda: nearpeak.attention(query, key, value, block_mask=block_mask)
-
-
-attention_blocks.implementation("SDPA", baseline=True)(_sdpa)
-
-
+# Its gradients have no kernel on CPU.
 @attention_blocks.implementation("FlexAttention", baseline=True, compiled=True)
 def _(query, key, value, mask):
     length = query.shape[2]
@@ -98,16 +105,13 @@ def _(query, key, value, mask):
     return lambda: compiled(query, key, value, block_mask=block_mask)
 
 
-CASES = [
-    Case(
-        attention_blocks,
-        {"heads": HEADS, "length": LENGTH, "head_dim": HEAD_DIM, "mask": mask},
-        dtype,
-        direction,
-        # PyTorch's backward takes many seconds a call in bfloat16 without bfloat16 units.
-        quick=direction == "forward" and mask in ("prefix", "documents"),
-    )
-    for dtype in DTYPES
-    for mask in ("prefix", "documents", "chunked", "window")
-    for direction in ("forward", "training")
-]
+def _cases():
+    for dtype in DTYPES:
+        for mask in ("prefix", "documents", "chunked", "window"):
+            shape = {"heads": HEADS, "length": LENGTH, "head_dim": HEAD_DIM, "mask": mask}
+            yield Case(attention_blocks, shape, dtype, quick=mask in ("prefix", "documents"))
+            # PyTorch's backward takes many seconds a call in bfloat16 without bfloat16 units.
+            yield Case(attention_blocks_training, shape, dtype, "training", quick=False)
+
+
+CASES = list(_cases())

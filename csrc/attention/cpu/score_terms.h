@@ -50,7 +50,10 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         const int64_t own = position + task.sequence.key_length - task.sequence.query_length;
         Float distance = __builtin_convertvector(lane_numbers(), Float) + static_cast<float>(begin - own);
         for (int64_t k = 0; k < end - begin; k += kLanes, distance += static_cast<float>(kLanes)) {
-            store(scores + k, load(scores + k) - max(distance, -distance) * slope);
+            // Rounded before it is subtracted, as where prefill adds it later: backward needs the very same scores.
+            Float term = max(distance, -distance) * slope;
+            keep_in_register(term);
+            store(scores + k, load(scores + k) - term);
         }
     }
     if (p.mask.data) add(p.mask, static_cast<Permission*>(nullptr), [](Float term) { return term; });
