@@ -334,8 +334,8 @@ def attend(block_mask=None, query=None, **replaced):
     return run
 
 
-def create(mask_mod=masks.causal, batch=None, heads=None, size=16):
-    return lambda: nearpeak.create_block_mask(mask_mod, batch, heads, 50, 60, block_size=size)
+def create(mask_mod=masks.causal, batch=None, heads=None, length=60, size=16):
+    return lambda: nearpeak.create_block_mask(mask_mod, batch, heads, 50, length, block_size=size)
 
 
 def changed(index, number):
@@ -373,6 +373,7 @@ BAD = {
     "mask_mod_of_another_shape": (ValueError, "mask_mod must", create(lambda b, h, q, k: torch.ones(3, 7).bool())),
     "no_batch": (ValueError, "batch and heads must", create(batch=0)),
     "heads_as_text": (ValueError, "batch and heads must", create(heads="4")),
+    "length_below_0": (ValueError, "query_length and key_length must", create(length=-1)),
     "block_of_none": (ValueError, "block_size must", create(size=0)),
     "block_of_three": (ValueError, "block_size must", create(size=(16, 16, 16))),
     "chunk_of_none": (ValueError, "size must", lambda: masks.chunked(0)),

@@ -81,8 +81,8 @@ def create_block_mask(mask_mod, batch, heads, query_length, key_length, *, block
         device: where the mask is made, and attention runs.
 
     Raises:
-        TypeError: mask_mod does not return booleans. ValueError: a size that is not positive, or a shape that does not
-        broadcast.
+        TypeError: mask_mod does not return booleans. ValueError: a size or length that cannot be, or a result that does
+        not broadcast.
 
     >>> block_mask = nearpeak.create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < 100), None, None, 300, 300)
     >>> query = torch.randn(1, 8, 300, 64)
@@ -93,8 +93,10 @@ def create_block_mask(mask_mod, batch, heads, query_length, key_length, *, block
         raise ValueError(f"block_size must be a positive integer or a pair of them, not {block_size!r}")
     if not all(count is None or (isinstance(count, int) and count > 0) for count in (batch, heads)):
         raise ValueError(f"batch and heads must be positive integers or None, not {batch!r} and {heads!r}")
-    outer = [1 if count is None else count for count in (batch, heads)]
     lengths = query_length, key_length
+    if not all(isinstance(length, int) and length >= 0 for length in lengths):
+        raise ValueError(f"query_length and key_length must be integers from 0 on, not {lengths}")
+    outer = [1 if count is None else count for count in (batch, heads)]
     (rows, keys), key_blocks = size, _blocks(key_length, size[1])
     b, h, k = (torch.arange(count, device=device) for count in (*outer, key_length))
     seen, whole, bits = [], [], []
