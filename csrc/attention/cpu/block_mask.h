@@ -121,25 +121,43 @@ void for_each_run(const Call& p, const Task& task, int64_t row_begin, int64_t ro
     if (run.end > run.begin) function(run.begin, run.end, whole);
 }
 
-// to[k - begin] = 1 where a row may look at key k of [begin, end), else 0.
-inline void write_permissions(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, uint8_t* to) {
+// Calls function(first, count, bits) for the pieces of keys [begin, end) that a row's blocks see: all keys from `first`
+// on where `bits` is null, else those whose byte is 1.
+template <class Function>
+void for_each_piece(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, Function function) {
     const auto& [starts, entries, bits, batch_stride, head_stride, rows, keys] = p.blocks;
     const int64_t position = task.sequence.query_begin + row / p.group(), shift = task.sequence.key_begin;
     const int64_t head = task.key_head * p.group() + row % p.group();
     const BlockEntries all = entries_of(p, task.sequence.batch, head, position / rows);
     const BlockEntries listed = from_key(p, all, shift + begin);
-    std::memset(to, 0, end - begin);
     for (const BlockEntry* entry = listed.first; entry != listed.last; ++entry) {
-        const KeyRange of_block = keys_of_block(p, task.sequence, entry->block, begin, end);
-        const int64_t count = of_block.end - of_block.begin;
-        if (count <= 0) break;
-        if (entry->part < 0) {
-            std::memset(to + of_block.begin - begin, 1, count);
-        } else {
-            const uint8_t* const of_row = bits + (entry->part * rows + position % rows) * keys;
-            std::memcpy(to + of_block.begin - begin, of_row + (shift + of_block.begin) % keys, count);
-        }
+        const auto [first, last] = keys_of_block(p, task.sequence, entry->block, begin, end);
+        if (first >= last) break;
+        const int64_t at = (entry->part * rows + position % rows) * keys + (shift + first) % keys;
+        function(first, last - first, entry->part < 0 ? nullptr : bits + at);
     }
+}
+
+// to[k - begin] = 1 where a row may look at key k of [begin, end), else 0.
+inline void write_permissions(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t end, uint8_t* to) {
+    std::memset(to, 0, end - begin);
+    for_each_piece(p, task, row, begin, end, [&](int64_t first, int64_t count, const uint8_t* bits) {
+        if (bits) {
+            std::memcpy(to + first - begin, bits, count);
+        } else {
+            std::memset(to + first - begin, 1, count);
+        }
+    });
+}
+
+// How many of the sequence's keys `keys` a row may look at.
+inline int64_t count_seen(const Call& p, const Task& task, int64_t row, KeyRange keys) {
+    if (!p.blocks.starts) return keys.end - keys.begin;
+    int64_t seen = 0;
+    for_each_piece(p, task, row, keys.begin, keys.end, [&](int64_t, int64_t count, const uint8_t* bits) {
+        seen += bits ? std::count(bits, bits + count, 1) : count;
+    });
+    return seen;
 }
 
 }  // namespace nearpeak::attention
