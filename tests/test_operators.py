@@ -38,6 +38,20 @@ def attention_and_gradients():
     return randn(*out.shape, seed=3), randn(*lse.shape, seed=4), query, key, value, out, lse
 
 
+def block_tables():
+    """Of a causal mask per head, in blocks of 4 queries and 3 keys: most whole, some not, some rows without any."""
+
+    def mask_mod(batch, head, query, key):
+        return (query >= key + head - 1) & (query != 5)
+
+    return nearpeak.create_block_mask(mask_mod, None, 4, 9, 11, block_size=(4, 3))[:3]
+
+
+def blocks_and_gradients():
+    grad_out, grad_lse, query, key, value, out, lse = attention_and_gradients()
+    return grad_out, grad_lse, query, key, value, out, lse, *block_tables()
+
+
 def linear_operands():
     return randn(2, 4, 17), randn(3, 17, seed=1), randn(3, seed=2)
 
@@ -109,6 +123,17 @@ SAMPLES = {
         (*leaves(*attention_operands()), None, 0, 0.25, None, *[None] * 7, torch.tensor(3), 0.5),
     ],
     "attention_inference": [(*(t.bfloat16() for t in attention_operands()), None, None, 0.25, None)],
+    "attention_blocks": [
+        (*leaves(*attention_operands()), *block_tables(), None, None, 0.25, None),
+        (*leaves(*attention_operands()), *block_tables(), 4, 0, 0.25, 5.0, MASK, *leaves(BIAS.detach()), SLOPES),
+    ],
+    "attention_blocks_inference": [
+        (*(t.bfloat16() for t in attention_operands()), *block_tables(), None, None, 0.25, None)
+    ],
+    "attention_blocks_backward": [
+        (*blocks_and_gradients(), None, None, 0.25, None),
+        (*blocks_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, True),
+    ],
     "dropout_mask": [(torch.tensor(3), 0.5, [2, 4, 9, 33], [0, 5, 7])],
     "activation": [(*leaves(X.clone()), kind) for kind in range(6)],
     "activation_inference": [(X.bfloat16(), 4)],

@@ -26,6 +26,7 @@ PAIRS = [{**HEADS, "batch": 2, "queries": queries, "keys": keys} for queries, ke
 # A gradient has one element a head: of a few dozen in all draws, one layer rounds some better by chance.
 MANY_HEADS = {"batch": 1, "heads": 64, "key_heads": 4, "head_dim": 8}
 SINKS = [{**MANY_HEADS, "queries": queries, "keys": keys} for queries, keys in ((37, 37), (5, 133))]
+BLOCKS = [{"heads": 3, "length": 200, "head_dim": 40, "mask": mask} for mask in ("prefix", "documents", "chunked")]
 SEQUENCES = [{**HEADS, "lengths": "17,1,0,33,5"}]
 SHAPES = {
     **dict.fromkeys(
@@ -47,6 +48,7 @@ SHAPES = {
     "attention_latent": [{**HEADS, "queries": 37, "keys": 37, "mask": "causal", "value_dim": 24}],
     "attention_terms": [{**TERMS, "term": term} for term in ("padding", "bias", "alibi")],
     "attention_bias": [{**TERMS, "term": "bias"}],
+    **dict.fromkeys(("attention_blocks", "attention_blocks_training"), BLOCKS),
     **dict.fromkeys(("attention_softcap", "attention_dropout", "attention_key_ranges"), PAIRS),
     "attention_sinks": SINKS,
     "attention_packed": SEQUENCES,

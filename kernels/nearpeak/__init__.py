@@ -1,7 +1,14 @@
 """nearpeak: fused Transformer kernels for PyTorch, with the same numbers as the plain layers."""
 
 from . import compat, nn
-from .attention import attention, merge_attention, scaled_dot_product_attention
+from .attention import (
+    BlockMask,
+    attention,
+    create_block_mask,
+    masks,
+    merge_attention,
+    scaled_dot_product_attention,
+)
 from .backends import use_backend, use_isa
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
@@ -12,6 +19,7 @@ from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
+    "BlockMask",
     "PatchReport",
     "QuantizationReport",
     "QuantizedWeight",
@@ -20,10 +28,12 @@ __all__ = [
     "apply_rotary",
     "attention",
     "compat",
+    "create_block_mask",
     "explain",
     "geglu",
     "layer_norm",
     "linear",
+    "masks",
     "merge_attention",
     "nn",
     "patch",

@@ -37,22 +37,18 @@ class BackwardBlock {
           d_value(arena.take(kScoreStride * value_width)),
           bias_sums(sums_rows_of_bias() ? arena.take(p.group() * kBlockKeys) : nullptr) {}
 
-    void run(const Turn* before, Turn* own) {
+    void run(const Order& order) {
         gradients.load_keys();
         std::fill_n(d_key, kScoreStride * width, 0.0f);
         std::fill_n(d_value, kScoreStride * value_width, 0.0f);
-        for (int64_t row = task.row_begin; row < task.row_end; row += Gradients::kRows) {
-            view.first_row = row;
-            view.rows = std::min(Gradients::kRows, task.row_end - row);
-            gradients.load_rows();
-            gradients.multiply_keys(scores, d_scores);
-            differentiate();
-            gradients.load_weights(scores, d_scores);
-            gradients.add_to_values(d_value);
-            gradients.add_to_keys(d_key);
-            if (before) before->wait_for(row + view.rows);
-            gradients.add_to_rows(sums_of(row));
-            own->finish(row + view.rows);
+        if (p.blocks.starts) {
+            for (int64_t i = 0; i < order.visit_count; ++i) {
+                add_rows(order.visits[i].row, kBlockRows, order.turns, order.visits[i].before, order.own);
+            }
+        } else {
+            for (int64_t row = task.row_begin; row < task.row_end; row += Gradients::kRows) {
+                add_rows(row, Gradients::kRows, order.turns, order.before, order.own);
+            }
         }
         store_keys(static_cast<T*>(p.d_key), p.d_key_strides, p.head_dim, d_key, width, p.scale);
         store_keys(static_cast<T*>(p.d_value), p.d_value_strides, p.value_dim, d_value, value_width, 1.0f);
@@ -67,6 +63,20 @@ class BackwardBlock {
     float *const scores, *const d_scores;  // rows x kBlockKeys
     float *const d_key, *const d_value;    // kBlockKeys x width, x value_width; transposed, the rows kScoreStride apart
     float* const bias_sums;                // group x kBlockKeys, or null
+
+    // All that rows [row, row + count) add to anything, in turn where other tasks add to the same.
+    void add_rows(int64_t row, int64_t count, Turn* turns, int64_t before, int64_t own) {
+        view.look_at(row, std::min(count, task.row_end - row));
+        gradients.load_rows();
+        gradients.multiply_keys(scores, d_scores);
+        differentiate();
+        gradients.load_weights(scores, d_scores);
+        gradients.add_to_values(d_value);
+        gradients.add_to_keys(d_key);
+        if (before >= 0) turns[before].wait_for(row + view.rows);
+        gradients.add_to_rows(sums_of(row));
+        turns[own].finish(row + view.rows);
+    }
 
     // One bias for all positions: its gradient sums all rows, block by block, since short sums round less.
     bool sums_rows_of_bias() const { return p.d_bias && p.d_bias_strides.position == 0; }
@@ -84,6 +94,7 @@ class BackwardBlock {
             if (!Gradients::kScoresAreScaled && !weights_are_scaled_late()) scale(weights);
             if (p.softcap > 0) cap(weights, slopes);
             if (p.has_terms()) add_terms(p, task, view.first_row + row, task.key_begin, task.key_end, weights);
+            if (!view.whole) hide(view.first_row + row, weights, gradient, p.softcap > 0 ? slopes : nullptr);
             if (p.drops()) {
                 dropout_factors(p, task, view.first_row + row, task.key_begin, task.key_begin + kBlockKeys, kept);
                 multiply(gradient, kept);
@@ -112,8 +123,24 @@ class BackwardBlock {
         std::fill(d_scores + view.rows * kScoreStride, d_scores + end * kScoreStride, 0.0f);
     }
 
-    // Whether unscaled scores become scaled only as they become P.
-    bool weights_are_scaled_late() const { return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms(); }
+    // Where a block mask forbids, scores become -infinity, whatever they were: blocks that no row sees are not
+    // computed.
+    void hide(int64_t row, float* weights, float* gradient, float* slopes) const {
+        uint8_t allowed[kBlockKeys] = {};
+        write_permissions(p, task, row, task.key_begin, task.key_end, allowed);
+        for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
+            const Float permission = load(reinterpret_cast<const Permission*>(allowed) + k);
+            const Int visible = permission == 0.0f;
+            store(weights + k, select(visible, load(weights + k), permission));
+            store(gradient + k, select(visible, load(gradient + k), Float{}));
+            if (slopes) store(slopes + k, select(visible, load(slopes + k), Float{}));
+        }
+    }
+
+    // Whether unscaled scores become scaled only as they become P. -infinity keeps its sign only by a positive scale.
+    bool weights_are_scaled_late() const {
+        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms() && (view.whole || p.scale > 0);
+    }
     void scale(float* weights) const {
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));
     }

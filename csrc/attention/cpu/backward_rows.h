@@ -148,11 +148,10 @@ class BackwardRows {
 
     bool may_be_rounded(int64_t row) const {
         const KeyRange keys = allowed_keys(p, task.sequence, row / p.group());
-        const int64_t count = keys.end - keys.begin;
-        if (count == 0) return true;
+        if (keys.begin == keys.end) return true;
         const bool small = std::abs(statistics_of(row).lse) <= kLargestRoundedLse<T>;
         if (!std::is_same_v<T, float>) return small;
-        return small && count > kFewKeys && !p.eager_elsewhere();
+        return small && !p.eager_elsewhere() && count_seen(p, task, row, keys) > kFewKeys;
     }
 
     void set_exact_lse() {

@@ -96,10 +96,10 @@ int64_t backward_scratch(const Backward& p) {
     return counting.floats();
 }
 
-void backward(const Backward& p, const Task& task, float* scratch, const Turn* before, Turn* own) {
+void backward(const Backward& p, const Task& task, float* scratch, const Order& order) {
     Arena arena(scratch);
     with_type(p.dtype,
-              [&](auto* t) { BackwardBlockOf<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(before, own); });
+              [&](auto* t) { BackwardBlockOf<std::remove_pointer_t<decltype(t)>>(p, task, arena).run(order); });
 }
 
 }  // namespace

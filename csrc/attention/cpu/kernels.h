@@ -42,6 +42,20 @@ struct Dropout {
     float scale;         // 1 without dropout
 };
 
+// A block of keys that a block of queries sees: its number, and which of the masks' bits say what of it, -1 for all.
+struct BlockEntry {
+    int32_t block, part;
+};
+
+// See block_mask.h.
+struct BlockTables {
+    const int64_t* starts;      // (batch or 1, heads or 1, blocks of queries + 1) of entries; null for no block mask
+    const BlockEntry* entries;  // in ascending order of blocks of keys
+    const uint8_t* bits;        // (parts, rows, keys), bytes of 0 and 1
+    int64_t batch_stride, head_stride;  // of starts; 0 where they broadcast
+    int64_t rows, keys;                 // of a block
+};
+
 // What both directions need.
 struct Call {
     const void* query;
@@ -62,6 +76,7 @@ struct Call {
     int64_t alibi_batch_stride;
     const float* sinks;  // (heads), or null
     Dropout dropout;
+    BlockTables blocks;
 
     bool has_terms() const { return bias.data || mask.data || alibi_slopes; }
     bool drops() const { return dropout.threshold > 0; }
@@ -136,6 +151,21 @@ struct Task {
     int64_t key_head, row_begin, row_end, key_begin, key_end;
 };
 
+// Rows from `row` on, kBlockRows at most, that a task of backward adds to, and the number of the task that adds to them
+// before it (-1 for none).
+struct Visit {
+    int64_t row, before;
+};
+
+// When a task of backward adds to which rows: its number, and the task that comes before it with all its rows (-1 for
+// none), or with each visit's.
+struct Order {
+    Turn* turns;  // of all tasks
+    int64_t own, before;
+    const Visit* visits;  // with a block mask, the rows that see the task's keys
+    int64_t visit_count;
+};
+
 struct Kernels {
     // Floats of scratch memory that a task of so many rows needs.
     int64_t (*prefill_scratch)(const Forward&, int64_t rows);
@@ -158,8 +188,8 @@ struct Kernels {
 
     int64_t (*backward_scratch)(const Backward&);
     // d_key and d_value of the task's keys, complete, from its rows, which it adds to d_query_sums of those rows, in
-    // turn: `before` is the turn of the keys before (null for none), `own` this task's.
-    void (*backward)(const Backward&, const Task&, float* scratch, const Turn* before, Turn* own);
+    // turn.
+    void (*backward)(const Backward&, const Task&, float* scratch, const Order&);
 };
 
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)

@@ -8,8 +8,8 @@
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "describe.h"
-#include "kernels.h"
-#include "mask.h"
+#include "describe_blocks.h"
+#include "key_blocks.h"
 
 namespace nearpeak::attention {
 namespace {
@@ -51,7 +51,10 @@ bool is_lse_of(const Tensor& lse, const Tensor& query) {
            lse.scalar_type() == torch::headeronly::ScalarType::Float;
 }
 
-bool has_few_rows(const Forward& p, const Sequence& sequence) { return p.rows(sequence) <= kFewRows; }
+// Prefill alone knows block masks.
+bool has_few_rows(const Forward& p, const Sequence& sequence) {
+    return p.rows(sequence) <= kFewRows && !p.blocks.starts;
+}
 
 // Tasks of so many rows at most, of all sequences that have few rows, or of all others.
 std::vector<Task> tasks_of_rows(const Forward& p, bool few, int64_t rows) {
@@ -62,7 +65,7 @@ std::vector<Task> tasks_of_rows(const Forward& p, bool few, int64_t rows) {
         for (int64_t key_head = 0; key_head < p.key_heads; ++key_head) {
             for (int64_t row = 0; row < p.rows(sequence); row += rows) {
                 const int64_t end = std::min(row + rows, p.rows(sequence));
-                const KeyRange keys = allowed_keys(p, sequence, row, end);
+                const KeyRange keys = keys_of_rows(p, sequence, key_head, row, end);
                 tasks.push_back({sequence, key_head, row, end, keys.begin, keys.end});
             }
         }
@@ -116,23 +119,17 @@ void run_decode(const Forward& p, const Kernels& kernels) {
     });
 }
 
-std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     std::optional<int64_t> window_left, std::optional<int64_t> window_right,
-                                     double scale, std::optional<double> softcap, OptionalTensor mask,
-                                     OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                     OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
-                                     OptionalTensor dropout_seed, double dropout_p) {
-    Terms terms{std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)};
-    const Options options{window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p};
+std::tuple<Tensor, Tensor> run_forward(const Tensor& query, const Tensor& key, const Tensor& value, Terms terms,
+                                       const Options& options, const Bounds& bounds, const BlockTensors* blocks) {
     require(fits(query, key, value, options) && fit(terms, query, key), "attention");
     make_readable(terms);
-    const auto sequences =
-        sequences_of(query, key, {std::move(query_starts), std::move(key_starts), std::move(key_ends)});
+    const auto sequences = sequences_of(query, key, bounds);
     const int64_t sizes[] = {query.size(0), query.size(1), query.size(2), value.size(3)};
     Tensor out = empty_laid_out_like(query, sizes);
     Tensor lse = empty_floats({sizes[0], sizes[1], sizes[2]});
     Forward p{};
     describe(p, query, key, value, terms, options, sequences);
+    if (blocks) p.blocks = tables_of(*blocks);
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
     p.out_strides = strides_of(out);
@@ -141,6 +138,31 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
     run_decode(p, kernels);
     run_prefill(p, kernels);
     return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+                                     double scale, std::optional<double> softcap, OptionalTensor mask,
+                                     OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                     OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
+                                     OptionalTensor dropout_seed, double dropout_p) {
+    return run_forward(query, key, value, {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                       {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
+                       {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_blocks(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& block_starts, const Tensor& block_entries,
+                                            const Tensor& block_bits, std::optional<int64_t> window_left,
+                                            std::optional<int64_t> window_right, double scale,
+                                            std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias,
+                                            OptionalTensor alibi_slopes, OptionalTensor sinks,
+                                            OptionalTensor query_starts, OptionalTensor key_starts,
+                                            OptionalTensor key_ends, OptionalTensor dropout_seed, double dropout_p) {
+    const BlockTensors blocks = readable_blocks(block_starts, block_entries, block_bits, query, key);
+    return run_forward(query, key, value, {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                       {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
+                       {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, &blocks);
 }
 
 // Calls function(task, scratch) with all rows, in parallel, as tasks of kBlockRows: always the same ones, so that
@@ -152,7 +174,7 @@ void for_all_rows(const Backward& p, const Kernels& kernels, const Function& fun
         const Sequence& sequence = p.sequences[pair / p.key_heads];
         for (int64_t row = 0; row < p.rows(sequence); row += kBlockRows) {
             const int64_t end = std::min(row + kBlockRows, p.rows(sequence));
-            const KeyRange keys = allowed_keys(p, sequence, row, end);
+            const KeyRange keys = keys_of_rows(p, sequence, pair % p.key_heads, row, end);
             tasks.push_back({sequence, pair % p.key_heads, row, end, keys.begin, keys.end});
         }
     }
@@ -160,32 +182,6 @@ void for_all_rows(const Backward& p, const Kernels& kernels, const Function& fun
         const Task& task = tasks[index];
         function(task, thread_scratch(kernels.rows_scratch(p, task.row_end - task.row_begin)));
     });
-}
-
-// A block of a pair's keys, and the number of the task that comes before it in turn (-1 for none).
-struct KeyBlock {
-    Task task;
-    int64_t before;
-};
-
-// All pairs' first keys come before any pair's second: under a causal mask those with the most rows first, and as far
-// as can be from the task whose turn is before theirs.
-std::vector<KeyBlock> key_blocks(const Backward& p, const std::vector<int64_t>& pairs) {
-    std::vector<KeyBlock> blocks;
-    std::vector<int64_t> latest(pairs.size(), -1);
-    for (int64_t key = 0; key < p.key_length; key += kBlockKeys) {
-        for (size_t index = 0; index < pairs.size(); ++index) {
-            const Sequence& sequence = p.sequences[pairs[index] / p.key_heads];
-            if (key >= sequence.key_length) continue;
-            const int64_t end = std::min(key + kBlockKeys, sequence.key_length);
-            const RowRange rows = allowed_rows(p, sequence, key, end);
-            const Task task{sequence, pairs[index] % p.key_heads, rows.begin / kBlockRows * kBlockRows, rows.end, key,
-                            end};
-            blocks.push_back({task, latest[index]});
-            latest[index] = static_cast<int64_t>(blocks.size()) - 1;
-        }
-    }
-    return blocks;
 }
 
 void run_blocks(const Backward& p, const Kernels& kernels, const std::vector<int64_t>& pairs) {
@@ -197,9 +193,9 @@ void run_blocks(const Backward& p, const Kernels& kernels, const std::vector<int
             Turn& turn;
             ~Finish() { turn.finish(Turn::kAllRows); }
         } finish{turns[index]};
-        const auto& [task, before] = blocks[index];
-        kernels.backward(p, task, thread_scratch(kernels.backward_scratch(p)), before < 0 ? nullptr : &turns[before],
-                         &turns[index]);
+        const auto& [task, before, visits] = blocks[index];
+        const Order order{turns.data(), index, before, visits.data(), static_cast<int64_t>(visits.size())};
+        kernels.backward(p, task, thread_scratch(kernels.backward_scratch(p)), order);
     });
 }
 
@@ -229,21 +225,25 @@ Tensor zeros_for_bias(const OptionalTensor& bias, bool wanted) {
     return zeros;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& any_grad_out, const OptionalTensor& any_grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& any_out, const Tensor& any_lse, std::optional<int64_t> window_left,
-    std::optional<int64_t> window_right, double scale, std::optional<double> softcap, OptionalTensor mask,
-    OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor query_starts,
-    OptionalTensor key_starts, OptionalTensor key_ends, OptionalTensor dropout_seed, double dropout_p,
-    bool bias_gradient) {
-    Terms terms{std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)};
-    const Options options{window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p};
+// What backward is given beside forward's arguments.
+struct Results {
+    const Tensor& grad_out;
+    const OptionalTensor& grad_lse;
+    const Tensor& out;
+    const Tensor& lse;
+    bool bias_gradient;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_gradients(const Results& results, const Tensor& query, const Tensor& key,
+                                                         const Tensor& value, Terms terms, const Options& options,
+                                                         const Bounds& bounds, const BlockTensors* blocks) {
+    const auto& [any_grad_out, any_grad_lse, any_out, any_lse, bias_gradient] = results;
     require(fits(query, key, value, options) && fit(terms, query, key) && is_out_of(any_grad_out, query, value) &&
                 is_out_of(any_out, query, value) && is_lse_of(any_lse, query) &&
                 (!any_grad_lse || is_lse_of(*any_grad_lse, query)) && (!bias_gradient || terms.bias),
             "attention_backward");
     make_readable(terms);
-    auto sequences = sequences_of(query, key, {std::move(query_starts), std::move(key_starts), std::move(key_ends)});
+    auto sequences = sequences_of(query, key, bounds);
     const Tensor grad_out = made_dense_last(any_grad_out), out = made_dense_last(any_out);
     const Tensor lse = made_contiguous(any_lse);
     OptionalTensor grad_lse = any_grad_lse;
@@ -252,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor d_bias = zeros_for_bias(terms.bias, bias_gradient);
     Backward p{};
     describe(p, query, key, value, terms, options, sequences);
+    if (blocks) p.blocks = tables_of(*blocks);
     p.out = out.const_data_ptr();
     p.grad_out = grad_out.const_data_ptr();
     p.lse = static_cast<const float*>(lse.const_data_ptr());
@@ -290,12 +291,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     return {d_query, d_key, d_value, d_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    double scale, std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
+    OptionalTensor dropout_seed, double dropout_p, bool bias_gradient) {
+    return run_gradients({grad_out, grad_lse, out, lse, bias_gradient}, query, key, value,
+                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                         {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
+                         {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_blocks_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& out, const Tensor& lse, const Tensor& block_starts, const Tensor& block_entries,
+    const Tensor& block_bits, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double scale,
+    std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias, OptionalTensor alibi_slopes,
+    OptionalTensor sinks, OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
+    OptionalTensor dropout_seed, double dropout_p, bool bias_gradient) {
+    const BlockTensors blocks = readable_blocks(block_starts, block_entries, block_bits, query, key);
+    return run_gradients({grad_out, grad_lse, out, lse, bias_gradient}, query, key, value,
+                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                         {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
+                         {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, &blocks);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("attention", TORCH_BOX(&attention));
     library.impl("attention_inference", TORCH_BOX(&attention));
     library.impl("attention_backward", TORCH_BOX(&attention_backward));
+    library.impl("attention_blocks", TORCH_BOX(&attention_blocks));
+    library.impl("attention_blocks_inference", TORCH_BOX(&attention_blocks));
+    library.impl("attention_blocks_backward", TORCH_BOX(&attention_blocks_backward));
 }
 
 }  // namespace nearpeak::attention

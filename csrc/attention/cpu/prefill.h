@@ -10,11 +10,14 @@
 // queries and outputs, touched once, are transposed.
 #pragma once
 
+#include <utility>
+
 #include "../../cpu/arena.h"
 #include "../../cpu/math.h"
+#include "block_mask.h"
 #include "dropout.h"
-#include "mask.h"
 #include "panel.h"
+#include "panel_mask.h"
 #include "score_terms.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -23,7 +26,7 @@ template <class T, class Products>
 class Prefill {
   public:
     Prefill(const Forward& parameters, const Task& this_task, Arena& arena)
-        : p(parameters), task(this_task), products(parameters, this_task, arena) {
+        : p(parameters), task(this_task), products(parameters, this_task, arena), block_mask(arena) {
         out = arena.take(panels_of(task) * Products::out_rows(p) * kPanel);
         maximum = arena.take(panels_of(task) * kPanel);
         total = arena.take(panels_of(task) * kPanel);
@@ -44,8 +47,15 @@ class Prefill {
         const int64_t first = task.key_begin / Products::kBlock * Products::kBlock;
         for (int64_t begin = first; begin < task.key_end; begin += Products::kBlock) {
             const int64_t end = std::min(begin + Products::kBlock, task.key_end);
-            products.load_block(begin, end);
-            for (int64_t panel = 0; panel < panels; ++panel) add_block(panel, begin, end);
+            bool loaded = false;
+            for (int64_t panel = 0; panel < panels; ++panel) {
+                const PanelRows rows(task, panel);
+                for_each_run(p, task, rows.begin, rows.end, begin, end, Products::kStep,
+                             [&](int64_t first, int64_t last, bool whole) {
+                                 if (!std::exchange(loaded, true)) products.load_block(begin, end);
+                                 add_run(panel, begin, {first, last}, whole);
+                             });
+            }
         }
     }
 
@@ -58,6 +68,7 @@ class Prefill {
     const Forward& p;
     const Task& task;
     Products products;
+    PanelMask block_mask;
     float *out, *maximum, *total, *scores, *terms = nullptr;
 
     // From one row's terms to the next, an odd number of vectors, which spreads rows over all sets of a cache.
@@ -74,19 +85,33 @@ class Prefill {
         std::fill_n(total + panel * kPanel, kPanel, 0.0f);
     }
 
-    void add_block(int64_t panel, int64_t block_begin, int64_t block_end) {
+    // Keys `run` of the block that begins with key block_begin. `whole`: no block mask hides any of them from a row.
+    void add_run(int64_t panel, int64_t block_begin, KeyRange run, bool whole) {
         const PanelRows rows(task, panel);
         const KeyRange first = allowed_keys(p, task.sequence, rows.begin / p.group());
         const KeyRange last = allowed_keys(p, task.sequence, (rows.end - 1) / p.group());
-        const auto [allowed_begin, end] =
-            allowed_by_mask(p, task, std::max(block_begin, first.begin), std::min(block_end, last.end));
+        auto [allowed_begin, end] =
+            allowed_by_mask(p, task, std::max(run.begin, first.begin), std::min(run.end, last.end));
         if (allowed_begin >= end) return;
-        const int64_t begin = block_begin + (allowed_begin - block_begin) / Products::kStep * Products::kStep;
+        const auto step_of = [&](int64_t key) { return key - (key - block_begin) % Products::kStep; };
+        int64_t begin = step_of(allowed_begin);
+        if (!whole) {
+            block_mask.load(p, task, rows, begin, end);
+            const KeyRange seen = block_mask.seen(allowed_begin, end);
+            if (seen.begin >= seen.end) return;
+            begin = step_of(seen.begin);
+            end = seen.end;
+        }
         products.score(panel, begin, end, scores);
         if (!Products::kScoresAreScaled && !softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
         if (p.has_terms()) {
             for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
+        }
+        if (!whole) {
+            const KeyRange hidden = block_mask.hidden(begin, end);
+            float* const from = scores + (hidden.begin - begin) * kPanel;
+            for (int half = 0; half < kPanelVectors; ++half) block_mask.hide(half, hidden.begin, hidden.end, from);
         }
         // Rows of a panel see the same keys of this block, but where a window's edge passes.
         if (begin < last.begin || end > first.end) mask_scores(rows, begin, end);

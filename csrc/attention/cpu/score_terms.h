@@ -6,7 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "mask.h"
+#include "block_mask.h"
 #include "rows.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
@@ -18,9 +18,10 @@ struct Permission {
     uint8_t allowed;
 };
 inline Float load(const Permission* from) {
-    Float term;
-    for (int lane = 0; lane < kLanes; ++lane) term[lane] = from[lane].allowed ? 0.0f : -kInfinity;
-    return term;
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+    Bytes allowed;
+    std::memcpy(&allowed, from, sizeof(allowed));
+    return select(__builtin_convertvector(allowed, Int) != 0, Float{}, broadcast(-kInfinity));
 }
 
 // In base 2. A finite bias stays finite, as in plain softmax: rows whose keys all have the most negative one see all.
@@ -49,7 +50,10 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         const int64_t own = position + task.sequence.key_length - task.sequence.query_length;
         Float distance = __builtin_convertvector(lane_numbers(), Float) + static_cast<float>(begin - own);
         for (int64_t k = 0; k < end - begin; k += kLanes, distance += static_cast<float>(kLanes)) {
-            store(scores + k, load(scores + k) - max(distance, -distance) * slope);
+            // Rounded before it is subtracted, as where prefill adds it later: backward needs the very same scores.
+            Float term = max(distance, -distance) * slope;
+            keep_in_register(term);
+            store(scores + k, load(scores + k) - term);
         }
     }
     if (p.mask.data) add(p.mask, static_cast<Permission*>(nullptr), [](Float term) { return term; });

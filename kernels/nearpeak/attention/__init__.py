@@ -1,10 +1,11 @@
 """Attention: fused softmax(query key^T) value."""
 
-from . import torch_provider
+from . import masks, torch_provider
+from .block_mask import BlockMask, create_block_mask
 from .merge import merge_attention
 from .operator import attention
 from .sdpa import scaled_dot_product_attention
 
 torch_provider.register()
 
-__all__ = ["attention", "merge_attention", "scaled_dot_product_attention"]
+__all__ = ["BlockMask", "attention", "create_block_mask", "masks", "merge_attention", "scaled_dot_product_attention"]

@@ -11,6 +11,7 @@ import torch
 
 from .. import backends, operators
 from ..checks import check_dense_last, check_float_of, check_floating, check_same_kind
+from . import block_mask as block_masks
 from . import reference
 
 if backends.missing("triton") is None:
@@ -37,24 +38,34 @@ def _backward_shapes(
 
 
 def _save_for_attention(ctx, inputs, output):
-    tensors, ctx.options, terms, ctx.dropout_p = inputs[:3], inputs[3:7], inputs[7:15], inputs[15]
-    ctx.save_for_backward(*tensors, *output, *terms)
+    _save(ctx, inputs[:3], (), inputs[3:], output)
+
+
+def _save_for_attention_blocks(ctx, inputs, output):
+    _save(ctx, inputs[:3], inputs[3:6], inputs[6:], output)
+
+
+def _save(ctx, tensors, blocks, options, output):
+    ctx.options, terms, ctx.dropout_p = options[:4], options[4:12], options[12]
+    ctx.save_for_backward(*tensors, *output, *terms, *blocks)
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradient(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, *terms = ctx.saved_tensors
+    query, key, value, out, lse, *rest = ctx.saved_tensors
+    terms, blocks = rest[:8], rest[8:]
     _, bias, _, sinks, *_ = terms
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     # The dispatcher drops trailing arguments that have their default.
-    of_bias = bias is not None and ctx.needs_input_grad[8]
-    of_sinks = sinks is not None and ctx.needs_input_grad[10]
-    *gradients, d_bias = torch.ops.nearpeak.attention_backward(
-        grad_out, grad_lse, query, key, value, out, lse, *ctx.options, *terms, ctx.dropout_p, of_bias
+    of_bias = bias is not None and ctx.needs_input_grad[8 + len(blocks)]
+    of_sinks = sinks is not None and ctx.needs_input_grad[10 + len(blocks)]
+    backward = torch.ops.nearpeak.attention_blocks_backward if blocks else torch.ops.nearpeak.attention_backward
+    *gradients, d_bias = backward(
+        grad_out, grad_lse, query, key, value, out, lse, *blocks, *ctx.options, *terms, ctx.dropout_p, of_bias
     )
     d_sinks = reference.sinks_gradient(grad_out, grad_lse, out, lse, sinks) if of_sinks else None
-    return *gradients, *[None] * 5, d_bias if of_bias else None, None, d_sinks, *[None] * 5
+    return *gradients, *[None] * (5 + len(blocks)), d_bias if of_bias else None, None, d_sinks, *[None] * 5
 
 
 def _check(
@@ -181,6 +192,26 @@ def _check_backward(
             raise ValueError(f"{name} must have query's shape without head_dim, and its device")
 
 
+def _blocks_backward_shapes(
+    grad_out, grad_lse, query, key, value, out, lse, block_starts, block_entries, block_bits, *options
+):
+    return _backward_shapes(grad_out, grad_lse, query, key, value, out, lse, *options)
+
+
+def _check_blocks(query, key, value, block_starts, block_entries, block_bits, *options):
+    _check_forward(query, key, value, *options)
+    tables = block_starts, block_entries, block_bits
+    block_masks.check(block_masks.BlockMask(*tables, query.shape[2], key.shape[2]), query, key)
+
+
+def _check_blocks_backward(
+    grad_out, grad_lse, query, key, value, out, lse, block_starts, block_entries, block_bits, *options
+):
+    _check_backward(grad_out, grad_lse, query, key, value, out, lse, *options)
+    tables = block_starts, block_entries, block_bits
+    block_masks.check(block_masks.BlockMask(*tables, query.shape[2], key.shape[2]), query, key)
+
+
 OPTIONS = (
     "SymInt? window_left, SymInt? window_right, float scale, float? softcap, "
     "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
@@ -206,9 +237,29 @@ operators.define(
     triton=triton_kernels and triton_kernels.attention_backward,
 )
 
+# The same with a block mask (block_mask.py). On CPU in the kernels, elsewhere in plain PyTorch.
+BLOCKS = "Tensor block_starts, Tensor block_entries, Tensor block_bits"
+operators.define(
+    f"attention_blocks(Tensor query, Tensor key, Tensor value, {BLOCKS}, {OPTIONS}) -> (Tensor, Tensor)",
+    check=_check_blocks,
+    reference=reference.attention_blocks,
+    shapes=_shapes,
+    backward=_attention_gradient,
+    setup_context=_save_for_attention_blocks,
+)
+operators.define(
+    "attention_blocks_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
+    f"Tensor lse, {BLOCKS}, {OPTIONS}, bool bias_gradient=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_blocks_backward,
+    reference=reference.attention_blocks_backward,
+    shapes=_blocks_backward_shapes,
+)
+
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.
 _attention = torch.ops.nearpeak.attention.default
 _attention_inference = torch.ops.nearpeak.attention_inference.default
+_attention_blocks = torch.ops.nearpeak.attention_blocks.default
+_attention_blocks_inference = torch.ops.nearpeak.attention_blocks_inference.default
 
 
 def mask_and_bias(attn_mask):
@@ -233,9 +284,19 @@ def _seed_tensor(seed, device):
     return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
+def _serving_blocks(*differentiable):
+    """What serves a call with a block mask."""
+    query = differentiable[0]
+    if backends.reference_serves(query, kernels=("cpu",)):
+        return reference.attention_blocks
+    if query.device.type != "cpu":
+        backends.because("block masks have no kernel for GPUs: plain PyTorch serves them")
+    return _attention_blocks if operators.wants_gradient(*differentiable) else _attention_blocks_inference
+
+
 def attention(
     query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None,
-    mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_p=0.0, dropout_seed=None,
+    mask=None, block_mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_p=0.0, dropout_seed=None,
     query_starts=None, key_starts=None, key_ends=None, return_lse=False,
 ):  # fmt: skip
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
@@ -258,6 +319,9 @@ def attention(
         scale: None means 1 / sqrt(head_dim).
         softcap: None for none.
         mask: boolean, True where a query may look at a key; broadcasts to (batch, heads, query length, key length).
+        block_mask: a `nearpeak.BlockMask` (see `nearpeak.create_block_mask`), or torch's, which is converted at every
+            call: blocks of keys that none of a block of queries may look at cost nothing. It counts queries and keys
+            in the tensors. On CPU in the kernels, on GPUs in plain PyTorch.
         bias: added to the scores; broadcasts likewise. query's dtype, or float32. It gets a gradient.
         alibi_slopes: (heads,) or (batch, heads), the slope of each head; query's dtype, or float32. No gradient.
         sinks: (heads,), the score of one more key per head, whose value is zero. It gets a gradient.
@@ -300,6 +364,7 @@ def attention(
         _check_window(window)
     if softcap is not None:
         _check_softcap(softcap)
+    blocks = ()
     left, right = window
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -313,7 +378,12 @@ def attention(
         if dropout_p != 0.0 or dropout_seed is not None:
             _check_dropout(dropout_p, dropout_seed, query.device)
             dropout_seed = _seed_tensor(dropout_seed, query.device)
-        if backends.reference_serves(query, kernels=backends.WITHOUT_CUDA):
+        if block_mask is not None:
+            _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
+            block_mask = block_masks.fitted(block_mask, query, key)
+            blocks = block_mask[:3]
+            serve = _serving_blocks(query, key, value, bias, sinks)
+        elif backends.reference_serves(query, kernels=backends.WITHOUT_CUDA):
             _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
             serve = reference.attention
         elif operators.wants_gradient(query, key, value, bias, sinks):
@@ -321,11 +391,13 @@ def attention(
         else:
             serve = _attention_inference
         out, lse = serve(
-            query, key, value, left, right, scale, softcap,
+            query, key, value, *blocks, left, right, scale, softcap,
             mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends, dropout_seed, dropout_p,
         )  # fmt: skip
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError):
         _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
         reference.sequences(query, key, query_starts, key_starts, key_ends)
+        if blocks:
+            block_masks.check_lists(*blocks, key.shape[2])
         raise
     return (out, lse) if return_lse else out

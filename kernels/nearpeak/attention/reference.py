@@ -18,7 +18,7 @@ https://arxiv.org/abs/2108.12409; sinks: https://arxiv.org/abs/2309.17453.
 import torch
 
 from ..operators import empty_laid_out_like, widened, without_autocast
-from . import dropout
+from . import block_mask, dropout
 
 
 def distances(query_length, key_length, device):
@@ -187,6 +187,21 @@ def attention(
     return empty_laid_out_like(query, value.shape[-1]).copy_(out), lse.flatten(1, 2)
 
 
+def attention_blocks(
+    query, key, value, block_starts, block_entries, block_bits, window_left, window_right, scale, softcap,
+    mask=None, *terms,
+):  # fmt: skip
+    """With a block mask (block_mask.py), which is a mask as any other."""
+    mask = _with_blocks(mask, query, key, block_starts, block_entries, block_bits)
+    return attention(query, key, value, window_left, window_right, scale, softcap, mask, *terms)
+
+
+def _with_blocks(mask, query, key, *blocks):
+    block_mask.check_lists(*blocks, key.shape[2])
+    dense = block_mask.dense(*blocks, query.shape[2], key.shape[2])
+    return dense if mask is None else mask & dense
+
+
 def _attention_backward_of_sequences(parts, tensors, options, terms, dropping, bias_gradient):
     grad_out, grad_lse, query, key, value, out, lse = tensors
     bias = terms[1]
@@ -252,6 +267,15 @@ def attention_backward(
         d_key = scale * torch.einsum("bhgqk,bhgqd->bhgkd", d_scores, q).sum(2)
     gradients = ((query, d_query), (key, d_key), (value, d_value))
     return *(empty_laid_out_like(tensor).copy_(gradient) for tensor, gradient in gradients), d_bias
+
+
+def attention_blocks_backward(
+    grad_out, grad_lse, query, key, value, out, lse, block_starts, block_entries, block_bits,
+    window_left, window_right, scale, softcap, mask=None, *terms,
+):  # fmt: skip
+    mask = _with_blocks(mask, query, key, block_starts, block_entries, block_bits)
+    options = window_left, window_right, scale, softcap
+    return attention_backward(grad_out, grad_lse, query, key, value, out, lse, *options, mask, *terms)
 
 
 def sinks_gradient(grad_out, grad_lse, out, lse, sinks):
