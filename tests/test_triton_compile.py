@@ -32,7 +32,7 @@ TERMS = ("mask", "bias", "alibi", "sinks")
 def attention_terms_case(
     options, head_dim=128, dtype=BFLOAT, value_dim=None, length=4096, window=(None, 0), softcap=None, backward=False
 ):
-    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys or "packed" sequences.
+    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys, "packed" sequences or "dropout".
 
     Of an odd length nothing of a mask or bias is aligned.
     """
@@ -55,7 +55,8 @@ def attention_terms_case(
         terms[1] = empty(batch, 1, 1, length)
     starts = [empty(9, of=torch.int32)] * 2 if "packed" in options else [None, None]
     ends = empty(batch, of=torch.int32) if "ranges" in options else None
-    arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends
+    dropping = (torch.empty((), dtype=torch.int64, device="meta"), 0.1) if "dropout" in options else (None, 0.0)
+    arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends, *dropping
 
     def launch():
         if not backward:

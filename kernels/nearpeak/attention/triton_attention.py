@@ -32,14 +32,11 @@ class _Plan(NamedTuple):
     splits: int  # programs that share the keys of one tile
 
 
-def _plain_serves(query, value, dropout_seed) -> bool:
+def _plain_serves(query, value) -> bool:
     """Whether a call goes to the reference; `explain` hears why."""
-    if dropout_seed is not None:
-        backends.because("dropout has no Triton kernel yet: plain PyTorch serves it")
-    elif max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
-        backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
-    else:
+    if max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM:
         return False
+    backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
     return True
 
 
@@ -49,7 +46,7 @@ def attention(
 ):  # fmt: skip
     """out (batch, heads, query length, value's head_dim) and lse (batch, heads, query length)."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value, dropout_seed):
+    if _plain_serves(query, value):
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
         return reference.attention(query, key, value, *options)
     bounds = triton_sequences.bounds(query, *starts)
@@ -57,8 +54,9 @@ def attention(
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plan = _plan(query, key, value, window_left, window_right, triton_terms.terms(*terms), bounds)
     with triton_launch.on(query.device):
+        terms = triton_terms.terms(query, *terms, dropout_seed, dropout_p)
+        plan = _plan(query, key, value, window_left, window_right, terms, bounds)
         if plan.splits == 1:
             _launch(plan, query, key, value, out, (0, *out.stride()[:3]), lse, scale, softcap)
         else:
@@ -152,7 +150,7 @@ def attention_backward(
 ):  # fmt: skip
     """dQ, dK and dV, of the shapes of query, key and value, and dbias, of bias's shape or empty."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value, dropout_seed) or _plain_differentiates(*starts):
+    if _plain_serves(query, value) or _plain_differentiates(*starts):
         tensors = grad_out, grad_lse, query, key, value, out, lse
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
         return reference.attention_backward(*tensors, *options, bias_gradient)
@@ -164,9 +162,9 @@ def attention_backward(
     grad_out, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad_out, out))
     statistics = query.new_empty(4 if query.dtype is torch.float32 else 2, lse.numel(), dtype=torch.float32)
     window = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
-    terms = triton_terms.terms(*terms)
-    call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
     with triton_launch.on(query.device):
+        terms = triton_terms.terms(query, *terms, dropout_seed, dropout_p)
+        call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
         _launch_prepare(call, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous())
         _launch_differentiate(call, *gradients)
         if bias_gradient:

@@ -4,6 +4,8 @@
     dS = P (dOut V^T - delta + dLse) dscore/dproduct     dQ = scale dS K                      `differentiate_query`
     dV = P^T dOut                                        dK = scale dS^T Q                    `differentiate_key`
 
+With dropout dV is drop(P)^T dOut, and dOut V^T becomes drop(dOut V^T); delta, made of out, has it already.
+
 A program of `differentiate_query` holds a tile of rows and walks the keys that they may look at; a program of
 `differentiate_key` holds a block of keys and walks the rows that may look at them. Each result has one owner, which
 sums it in registers in a fixed order: no atomics, the same bits every time. The two walks make seven products of a
@@ -31,7 +33,7 @@ import triton.language as tl
 
 from .triton_sequences import key_block, row_tile, tiles_of
 from .triton_shared import LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, dropped, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -64,6 +66,14 @@ def d_score(p, d_p, delta, grad_lse):
     if grad_lse is not None:
         d_p += grad_lse
     return p * d_p
+
+
+@triton.jit
+def d_probability(d_weight, terms, places, keys):
+    """The gradient of a probability, of which dropout makes a weight: zero where it dropped it."""
+    if terms.hashes is not None:
+        d_weight = dropped(d_weight * terms.drop_scale, terms, places, keys)
+    return d_weight
 
 
 @triton.jit
@@ -162,6 +172,7 @@ def _add_keys(
         if EXACT:
             total += tl.sum(p, axis=1)
         d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")  # [M, N]
+        d_p = d_probability(d_p, terms, places, keys[None, :])
         d_product = _d_product(p, d_p, delta[:, None], None if grad_lse is None else grad_lse[:, None], capped, softcap)
         d_query = tl.dot(d_product.to(k.dtype), k, d_query, input_precision="ieee")
     return d_query, total
@@ -328,8 +339,10 @@ def _add_rows(
         )
         if EXACT:
             p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, MASKED)[None, :]
-        d_value = tl.dot(p.to(grad.dtype), grad, d_value, input_precision="ieee")
+        weights = dropped(p, terms, places, keys[:, None])
+        d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(grad), input_precision="ieee")  # [N, M]
+        d_p = d_probability(d_p, terms, places, keys[:, None])
         d_product = _d_product(p, d_p, delta[None, :], None if grad_lse is None else grad_lse[None, :], capped, softcap)
         d_key = tl.dot(d_product.to(q.dtype), q, d_key, input_precision="ieee")
     return d_key, d_value
@@ -435,6 +448,8 @@ def differentiate_key(
     d_rows = _block(d_key_ptr, batch, chosen, keys, span[2], d_key_batch, d_key_head, d_key_step, VECTOR)
     d_key = (d_key * scale).to(d_key_ptr.dtype.element_ty)
     tl.store(d_rows + column, d_key, mask=inside & (column < HEAD_DIM))
+    if terms.hashes is not None:
+        d_value *= terms.drop_scale
     d_rows = _block(d_value_ptr, batch, chosen, keys, span[2], d_value_batch, d_value_head, d_value_step, VECTOR)
     d_value = d_value.to(d_value_ptr.dtype.element_ty)
     tl.store(d_rows + value_column, d_value, mask=inside & (value_column < VALUE_DIM))

@@ -5,6 +5,8 @@
     l  = l exp2(m - m') + sum(p)                             acc = acc exp2(m - m') + p value
     out = acc / l,  lse = ln(2) (m + log2(l))
 
+With dropout, acc takes the weights that are kept, l all of them, and out is divided by 1 - p.
+
 The rows of a tile are (position, head) pairs of one key head, position by position, so that the query heads that
 share a key head are multiplied together: nothing is expanded, and one decoded token still makes a tile of rows.
 Online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; tiling: Dao 2023,
@@ -21,7 +23,7 @@ import triton.language as tl
 
 from .triton_sequences import row_tile, tiles_of
 from .triton_shared import LN_2, LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, dropped, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -68,6 +70,7 @@ def _attend(
         p = tl.exp2(s * scores_factor - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(p, axis=1)
+        p = dropped(p, terms, places, terms_keys)
         v_rows = value_ptr + tl.cast(start, tl.int64) * value_step + (offsets * value_step.to(OFFSET))[:, None]
         v = load_tile(v_rows, tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, MASKED)  # [N, V]
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -204,7 +207,10 @@ def attend(
     row = _rows(tile, total, BLOCK_M)
     inside = (row < span[1] * GROUP)[:, None]
     split = tl.program_id(1).to(tl.int64)
-    out = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    factor = 1.0 / tl.where(total > 0.0, total, 1.0)
+    if terms.hashes is not None:
+        factor *= terms.drop_scale
+    out = acc * factor[:, None]
     out_ptr = shifted(out_ptr + split * out_split * VECTOR, span[0], out_step, VECTOR)
     out_rows = addresses(out_ptr, row, batch, chosen, out_batch, out_head, out_step, VECTOR, GROUP)
     column = tl.arange(0, BLOCK_V)[None, :]
