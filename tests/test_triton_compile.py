@@ -97,6 +97,8 @@ CHOSEN = [
     (attention_backward_case(256, BFLOAT, window=(512, 0)), "sm_86"),
     (attention_backward_case(64, SINGLE, softcap=50.0), "sm_80"),
     *((attention_terms_case((option,)), "sm_90") for option in ("mask", "bias", "alibi", "sinks", "packed", "ranges")),
+    (attention_terms_case(("dropout",)), "sm_90"),
+    (attention_terms_case(("dropout",), backward=True), "sm_80"),
     (attention_terms_case(TERMS, length=4099), "sm_80"),
     (attention_terms_case((), 192, value_dim=128), "sm_90"),
     (attention_terms_case((), 192, value_dim=128, backward=True), "sm_90"),
@@ -116,6 +118,7 @@ EVERY += [
         {"options": ("row_bias", "alibi")},
         {"options": ("sinks", "ranges")},
         {"options": ("alibi", "sinks", "packed")},
+        {"options": ("dropout",)},
     )
     for target in TARGETS
 ]

@@ -33,7 +33,7 @@ import triton.language as tl
 
 from .triton_sequences import key_block, row_tile, tiles_of
 from .triton_shared import LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, dropped, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, d_probability, dropped, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -66,14 +66,6 @@ def d_score(p, d_p, delta, grad_lse):
     if grad_lse is not None:
         d_p += grad_lse
     return p * d_p
-
-
-@triton.jit
-def d_probability(d_weight, terms, places, keys):
-    """The gradient of a probability, of which dropout makes a weight: zero where it dropped it."""
-    if terms.hashes is not None:
-        d_weight = dropped(d_weight * terms.drop_scale, terms, places, keys)
-    return d_weight
 
 
 @triton.jit

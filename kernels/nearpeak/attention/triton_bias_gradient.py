@@ -13,10 +13,10 @@ Letters: M positions of a tile, N keys of a block, D head_dim and V value's, pad
 import triton
 import triton.language as tl
 
-from .triton_backward import d_probability, d_score, load_statistic, probability
+from .triton_backward import d_score, load_statistic, probability
 from .triton_sequences import spans_of_rows
 from .triton_shared import block_of, load_tile
-from .triton_terms import places
+from .triton_terms import d_probability, places
 
 
 @triton.jit

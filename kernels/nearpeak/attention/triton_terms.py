@@ -108,11 +108,15 @@ def _loads_wide(tensor) -> bool:
 
 
 def crowding(terms, bounds) -> int:
-    """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2."""
+    """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2.
+
+    Dropout, which hashes a column and its row for each weight, takes as much as a mask that can.
+    """
     read = [tensor for tensor in (terms.mask, terms.bias) if tensor is not None]
-    if len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0]):
-        return 1
-    return 2 if read else 0
+    if not read:
+        return 0 if terms.hashes is None else 1
+    wide = len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0])
+    return 1 if wide and terms.hashes is None else 2
 
 
 @triton.jit
@@ -184,6 +188,17 @@ def dropped(weights, terms, places, keys):
     if terms.hashes is not None:
         weights = tl.where(kept(places.low, places.high, keys, terms.drop_threshold), weights, 0.0)
     return weights
+
+
+@triton.jit
+def d_probability(d_weight, terms, places, keys):
+    """The gradient of a probability, of which dropout makes a weight.
+
+    A product last, so that what is subtracted from it is subtracted before rounding, in one instruction.
+    """
+    if terms.hashes is not None:
+        d_weight *= tl.where(kept(places.low, places.high, keys, terms.drop_threshold), terms.drop_scale, 0.0)
+    return d_weight
 
 
 @triton.jit
