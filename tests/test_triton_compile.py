@@ -101,6 +101,8 @@ CHOSEN = [
     (attention_terms_case(("dropout",), backward=True), "sm_80"),
     (attention_terms_case(TERMS, length=4099), "sm_80"),
     (attention_terms_case((), 192, value_dim=128), "sm_90"),
+    (attention_terms_case((), 576, value_dim=512), "sm_90"),
+    (attention_terms_case((), 576, value_dim=512, length=1), "sm_86"),
     (attention_terms_case((), 192, value_dim=128, backward=True), "sm_90"),
     (attention_terms_case(("bias",), backward=True), "sm_90"),
     (attention_terms_case(("alibi", "sinks", "packed"), backward=True), "sm_80"),
@@ -120,6 +122,13 @@ EVERY += [
         {"options": ("alibi", "sinks", "packed")},
         {"options": ("dropout",)},
     )
+    for target in TARGETS
+]
+EVERY += [
+    (attention_terms_case((), *widths, length=length, window=window), target)
+    for widths in ((576, BFLOAT, 512), (576, SINGLE, 512), (320, BFLOAT, 320))
+    for length in (4096, 1)
+    for window in ((None, 0), (512, 0))
     for target in TARGETS
 ]
 
