@@ -32,7 +32,8 @@ TERMS = ("mask", "bias", "alibi", "sinks")
 def attention_terms_case(
     options, head_dim=128, dtype=BFLOAT, value_dim=None, length=4096, window=(None, 0), softcap=None, backward=False
 ):
-    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys, "packed" sequences or "dropout".
+    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys, "packed" sequences (with
+    "shared" keys) or "dropout".
 
     Of an odd length nothing of a mask or bias is aligned.
     """
@@ -55,6 +56,7 @@ def attention_terms_case(
         terms[1] = empty(batch, 1, 1, length)
     starts = [empty(9, of=torch.int32)] * 2 if "packed" in options else [None, None]
     ends = empty(batch, of=torch.int32) if "ranges" in options else None
+    ends = empty(8, of=torch.int32) if "shared" in options else ends
     dropping = (torch.empty((), dtype=torch.int64, device="meta"), 0.1) if "dropout" in options else (None, 0.0)
     arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends, *dropping
 
@@ -106,6 +108,7 @@ CHOSEN = [
     (attention_terms_case((), 192, value_dim=128, backward=True), "sm_90"),
     (attention_terms_case(("bias",), backward=True), "sm_90"),
     (attention_terms_case(("alibi", "sinks", "packed"), backward=True), "sm_80"),
+    (attention_terms_case(("packed", "shared"), backward=True), "sm_90"),
 ]
 EVERY = [(case, target) for case in every_case() for target in TARGETS]
 EVERY += [
@@ -121,6 +124,7 @@ EVERY += [
         {"options": ("sinks", "ranges")},
         {"options": ("alibi", "sinks", "packed")},
         {"options": ("dropout",)},
+        {"options": ("packed", "shared")},
     )
     for target in TARGETS
 ]

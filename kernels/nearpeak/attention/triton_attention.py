@@ -140,7 +140,7 @@ def attention_backward(
 ):  # fmt: skip
     """dQ, dK and dV, of the shapes of query, key and value, and dbias, of bias's shape or empty."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_differentiates(query, value, *starts):
+    if _plain_differentiates(query, value):
         tensors = grad_out, grad_lse, query, key, value, out, lse
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
         return reference.attention_backward(*tensors, *options, bias_gradient)
@@ -162,15 +162,12 @@ def attention_backward(
     return *gradients, d_bias
 
 
-def _plain_differentiates(query, value, query_starts, key_starts, key_ends) -> bool:
+def _plain_differentiates(query, value) -> bool:
     """Whether only the reference has the gradients of a call; `explain` hears why."""
     if max(query.shape[3], value.shape[3]) > triton_tiles.WIDEST:
         backends.because(f"head_dim is over {triton_tiles.WIDEST}: plain PyTorch makes the gradients")
-    elif query_starts is not None and key_ends is not None:
-        backends.because("key_ends lets packed sequences share keys: plain PyTorch makes the gradients")
-    else:
-        return False
-    return True
+        return True
+    return False
 
 
 def _launch_prepare(call, out, lse, grad_lse):
@@ -205,7 +202,7 @@ def _launch_differentiate(call, d_query, d_key, d_value):
     if call.bounds.key_starts is not None or call.bounds.key_ends is not None:
         # Keys that no sequence has belong to no program.
         d_key.zero_(), d_value.zero_()
-    programs = pairs * triton_sequences.tiles(call.bounds, key_length, key_tile.keys)
+    programs = pairs * triton_sequences.key_blocks(call.bounds, key_length, key_tile.keys)
     reach_of_a_key_head = max(
         tensor.stride(1) * group + tensor.stride(2) * length for tensor in (call.query, call.grad_out)
     )

@@ -46,11 +46,11 @@ FEW = {
 
 # Wider ones take the sum of products over parts of head_dim; and each program owns a part of value's.
 WIDEST, PART_OF_HEAD_DIM, PART_OF_VALUE_DIM = 256, 64, 256
-WIDE_SM_90 = {2: Tile(64, 32, 8, 2), 4: Tile(32, 16, 8, 1)}
-WIDE_SM_100 = {2: Tile(64, 16, 8, 2), 4: Tile(32, 16, 8, 1)}
-WIDE_THROUGH_REGISTERS = {2: Tile(32, 32, 8, 2), 4: Tile(32, 16, 8, 1)}
+WIDE_SM_90 = {2: Tile(64, 32, 8, 2), 4: Tile(16, 16, 8, 1)}
+WIDE_SM_100 = {2: Tile(64, 16, 8, 2), 4: Tile(16, 16, 8, 1)}
+WIDE_THROUGH_REGISTERS = {2: Tile(32, 32, 8, 2), 4: Tile(16, 16, 8, 1)}
 WIDE_AMD = {2: Tile(64, 16, 8, 2), 4: Tile(32, 16, 8, 1)}
-FEW_WIDE = {2: Tile(FEW_ROWS, 32, 4, 2), 4: Tile(FEW_ROWS, 16, 4, 1)}
+FEW_WIDE = {2: Tile(FEW_ROWS, 32, 4, 2), 4: Tile(FEW_ROWS, 16, 8, 1)}
 
 
 def padded(head_dim: int) -> int:
