@@ -33,7 +33,8 @@ TERMS = ("mask", "bias", "alibi", "sinks")
 def attention_terms_case(
     options, head_dim=128, dtype=BFLOAT, value_dim=None, length=4096, window=(None, 0), softcap=None, backward=False
 ):
-    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys or "packed" sequences.
+    """A call with some of TERMS, "row_bias" (one for all positions), "ranges" of keys, "packed" sequences (with
+    "shared" keys) or "dropout".
 
     Of an odd length nothing of a mask or bias is aligned.
     """
@@ -56,7 +57,9 @@ def attention_terms_case(
         terms[1] = empty(batch, 1, 1, length)
     starts = [empty(9, of=torch.int32)] * 2 if "packed" in options else [None, None]
     ends = empty(batch, of=torch.int32) if "ranges" in options else None
-    arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends
+    ends = empty(8, of=torch.int32) if "shared" in options else ends
+    dropping = (torch.empty((), dtype=torch.int64, device="meta"), 0.1) if "dropout" in options else (None, 0.0)
+    arguments = *window, head_dim**-0.5, softcap, *terms, *starts, ends, *dropping
 
     def launch():
         if not backward:
@@ -101,11 +104,16 @@ CHOSEN = [
     (attention_backward_case(256, BFLOAT, window=(512, 0)), "sm_86"),
     (attention_backward_case(64, SINGLE, softcap=50.0), "sm_80"),
     *((attention_terms_case((option,)), "sm_90") for option in ("mask", "bias", "alibi", "sinks", "packed", "ranges")),
+    (attention_terms_case(("dropout",)), "sm_90"),
+    (attention_terms_case(("dropout",), backward=True), "sm_80"),
     (attention_terms_case(TERMS, length=4099), "sm_80"),
     (attention_terms_case((), 192, value_dim=128), "sm_90"),
+    (attention_terms_case((), 576, value_dim=512), "sm_90"),
+    (attention_terms_case((), 576, value_dim=512, length=1), "sm_86"),
     (attention_terms_case((), 192, value_dim=128, backward=True), "sm_90"),
     (attention_terms_case(("bias",), backward=True), "sm_90"),
     (attention_terms_case(("alibi", "sinks", "packed"), backward=True), "sm_80"),
+    (attention_terms_case(("packed", "shared"), backward=True), "sm_90"),
 ]
 EVERY = [(case, target) for case in every_case() for target in TARGETS]
 EVERY += [
@@ -120,7 +128,16 @@ EVERY += [
         {"options": ("row_bias", "alibi")},
         {"options": ("sinks", "ranges")},
         {"options": ("alibi", "sinks", "packed")},
+        {"options": ("dropout",)},
+        {"options": ("packed", "shared")},
     )
+    for target in TARGETS
+]
+EVERY += [
+    (attention_terms_case((), *widths, length=length, window=window), target)
+    for widths in ((576, BFLOAT, 512), (576, SINGLE, 512), (320, BFLOAT, 320))
+    for length in (4096, 1)
+    for window in ((None, 0), (512, 0))
     for target in TARGETS
 ]
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = pathlib.Path(__file__).parent / "interpreted"
-ATTENTION = ["attention", "attention_backward", "attention_terms", "attention_sequences"]
+ATTENTION = [f"attention{part}" for part in ("", "_backward", "_terms", "_sequences", "_dropout")]
 
 
 @pytest.mark.timeout(1800)  # a family takes some minutes, and twice that on a busy machine

@@ -78,16 +78,53 @@ def test_terms_of_packed_sequences(name, kept):
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
 
 
-def test_key_ends_may_let_packed_sequences_share_keys():
-    """Forward in the kernels, backward in plain PyTorch."""
-    inputs, grads = sequences.packed_inputs(Packed((5, 3), (20, 0), {}), torch.float32)
-    bounds = {"query_starts": torch.tensor([0, 5, 8]), "key_starts": torch.tensor([4, 0, 20])}
+# (query_starts, key_starts, key_ends, keys): one sequence's keys within another's, over several blocks; a prefix that
+# all share; an empty sequence; keys that none has.
+SHARERS = {
+    "two": ([0, 5, 8], [4, 0, 20], [18, 9], 20),
+    "prefix": ([0, 30, 31, 50], [0, 0, 0, 0], [40, 70, 70], 70),
+    "blocks": ([0, 40, 43, 43, 90], [0, 30, 10, 60, 200], [130, 70, 20, 190], 200),
+}
+SHARING = {
+    "causal": {"causal": True},
+    "window": {"window": (20, 3), "softcap": 4.0},
+    "dropout": {"causal": True, "dropout_p": 0.3, "dropout_seed": 3, "sinks": torch.linspace(-1, 1, 4)},
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [("two", "causal"), ("prefix", "window"), ("blocks", "dropout")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_key_ends_may_let_packed_sequences_share_keys(dtype, name, option):
+    """As exact as the definition in the same dtype."""
+    query_starts, *key_bounds, keys = SHARERS[name]
+    packed = Packed((query_starts[-1],), (keys,), {})
+    bounds = dict(
+        zip(("query_starts", "key_starts", "key_ends"), map(torch.tensor, (query_starts, *key_bounds)), strict=True)
+    )
+
+    def layer(*tensors):
+        return sequences.nearpeak.attention(*tensors, **bounds, **SHARING[option], return_lse=True)
+
+    draws = [sequences.packed_inputs(packed, dtype, seed) for seed in range(3)]
+    with sequences.nearpeak.use_backend("reference"):
+        doubles = [(plain.doubled(inputs), plain.doubled(grads)) for inputs, grads in draws]
+        standard = standards([values(layer, draws)], values(layer, doubles))
+    assert_as_exact(values(layer, draws), standard)
+
+
+def test_what_keys_of_no_sequence_hold_reaches_no_gradient():
+    inputs, grads = sequences.packed_inputs(Packed((8,), (20,), {}), torch.float32)
+    bounds = {"query_starts": torch.tensor([0, 5, 8]), "key_starts": torch.tensor([4, 2, 20])}
+    nobodys = torch.tensor([0, 1, 18, 19])
+    query, key, value = (tensor.clone() for tensor in inputs)
+    key[:, :, nobodys], value[:, :, nobodys] = torch.nan, torch.nan
 
     def layer(*tensors):
         return sequences.nearpeak.attention(*tensors, **bounds, key_ends=torch.tensor([18, 9]), return_lse=True)
 
-    for a, b in zip(plain.value_and_gradients(layer, inputs, grads), exact(layer, inputs, grads), strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
+    results = plain.value_and_gradients(layer, (query, key, value), grads)
+    assert all(each.isfinite().all() for each in results)
+    assert all((each[:, :, nobodys] == 0).all() for each in results[3:])
 
 
 # What only the numbers tell, which are the GPU's.

@@ -61,6 +61,28 @@ def test_forward_and_gradients_in_16_bits_are_as_exact_as_plain(dtype, terms):
     judge(terms, draws_of(terms, dtype))
 
 
+# head_dim in parts, value's in parts that overlap, and both; of 64 elements and more.
+LATENT = Case(40, 45, head_dim=576, heads=4, key_heads=1, causal=True)
+PARTS = [
+    Terms(LATENT, value_dim=512),
+    Terms(LATENT._replace(head_dim=300, scale=-0.1, batch=2), HEADS, None, BATCH_KEYS, (0, 1), True, 270),
+    Terms(Case(40, 30, head_dim=8), value_dim=257),
+    Terms(LATENT._replace(head_dim=320, window=(9, 4), causal=False)),
+]
+DECODE = Terms(Case(1, 600, head_dim=576, heads=16, key_heads=1), value_dim=512)
+
+
+@pytest.mark.parametrize("terms", some_by_default(PARTS, 2))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_wider_than_a_tile_are_as_exact_as_plain(dtype, terms):
+    judge(terms, [(inputs, None) for inputs, _ in draws_of(terms, dtype)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_one_token_of_latent_attention_is_as_exact_as_plain(dtype):
+    judge(DECODE, [(inputs, None) for inputs, _ in draws_of(DECODE, dtype)])
+
+
 @pytest.mark.parametrize("case", [WIDE, FEW], ids=["prefill", "decode"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_keys_all_as_unlikely_as_can_be_are_all_seen(dtype, case):

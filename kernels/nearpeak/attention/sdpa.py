@@ -8,14 +8,18 @@ from ..operators import autocast
 from .operator import MAX_HEAD_DIM, OPEN, attention, mask_and_bias
 
 
+def _has_triton(device):
+    return device.type == "cuda" and backends.missing("triton") is None
+
+
 def _why_torch_serves(query, key, value, attn_mask, dropout_p, enable_gqa):
     """Why a call goes to PyTorch's own function, or None if the kernels serve it."""
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
         return "attn_mask is neither boolean nor of query's dtype"
     if not 0.0 <= dropout_p < 1.0:
         return "dropout_p is not from 0 to less than 1"
-    if dropout_p > 0.0 and query.device.type != "cpu":
-        return "dropout_p > 0, which only the kernels for the CPU apply yet"
+    if dropout_p > 0.0 and query.device.type != "cpu" and not _has_triton(query.device):
+        return "dropout_p > 0, which only the kernels for the CPU and Triton's apply"
     shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(shape) == len(key_shape) == len(value_shape) == 4:
         return "query, key and value are not all four-dimensional"
@@ -39,7 +43,7 @@ def scaled_dot_product_attention(
 
     `is_causal` aligns to the top left: query i sees keys 0..i. A boolean `attn_mask` is True where a query may look
     at a key; one of query's dtype is added to the scores, and gets a gradient. Calls in shapes that the
-    kernels do not serve, and with dropout on a GPU, go to PyTorch's own function, and `nearpeak.explain` says so.
+    kernels do not serve go to PyTorch's own function, and `nearpeak.explain` says so.
     Dropout takes its seed from torch's generator, and drops other weights than PyTorch's.
 
     >>> query = torch.randn(1, 8, 10, 64)

@@ -16,7 +16,6 @@ from .triton_bias_gradient import differentiate_bias
 from .triton_forward import attend
 from .triton_merge import merge
 
-MAX_HEAD_DIM = 256
 SMALLEST_FACTOR = 1e-30  # stands for a scale of 0, which would make NaN of a masked score's -inf
 
 
@@ -32,33 +31,19 @@ class _Plan(NamedTuple):
     splits: int  # programs that share the keys of one tile
 
 
-def _plain_serves(query, value, dropout_seed) -> bool:
-    """Whether a call goes to the reference; `explain` hears why."""
-    if dropout_seed is not None:
-        backends.because("dropout has no Triton kernel yet: plain PyTorch serves it")
-    elif max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
-        backends.because(f"head_dim is over {MAX_HEAD_DIM}: plain PyTorch serves it")
-    else:
-        return False
-    return True
-
-
 def attention(
     query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
     query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
 ):  # fmt: skip
     """out (batch, heads, query length, value's head_dim) and lse (batch, heads, query length)."""
-    terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value, dropout_seed):
-        options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
-        return reference.attention(query, key, value, *options)
-    bounds = triton_sequences.bounds(query, *starts)
+    bounds = triton_sequences.bounds(query, query_starts, key_starts, key_ends)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    plan = _plan(query, key, value, window_left, window_right, triton_terms.terms(*terms), bounds)
     with triton_launch.on(query.device):
+        terms = triton_terms.terms(query, mask, bias, alibi_slopes, sinks, dropout_seed, dropout_p)
+        plan = _plan(query, key, value, window_left, window_right, terms, bounds)
         if plan.splits == 1:
             _launch(plan, query, key, value, out, (0, *out.stride()[:3]), lse, scale, softcap)
         else:
@@ -99,21 +84,24 @@ def _needed_window(left, right, query_length, key_length):
 
 def _launch(plan, query, key, value, out, out_strides, lse, scale, softcap):
     """out_strides: of split, batch, head and position."""
+    if scale < 0 and query.shape[3] > triton_tiles.WIDEST:
+        # The kernel turns the signs of a query that it holds.
+        query, scale = -query, -scale
     _, heads, length, head_dim = query.shape
     _, key_heads, key_length, value_dim = value.shape
     strides = [*(stride for t in (query, key, value) for stride in t.stride()[:3]), *out_strides]
     vector = triton_launch.vector_length(query.element_size(), *strides)
+    block_d, block_v = triton_tiles.part_of_head_dim(head_dim), triton_tiles.part_of_value_dim(value_dim)
     factor = abs(scale) * math.log2(math.e) if softcap is None else abs(scale) / softcap
     reach_of_a_block = plan.tile.keys * max(key.stride(2), value.stride(2))
-    attend[(plan.programs, plan.splits)](
+    attend[(plan.programs, plan.splits, triton.cdiv(value_dim, block_v))](
         query, key, value, out, lse, plan.terms, plan.bounds, length, key_length, key_heads,
         plan.left or 0, plan.right or 0, max(factor, SMALLEST_FACTOR), softcap,
         *(stride // vector for stride in strides),
         OFFSET=tl.int32 if reach_of_a_block < 2**31 else tl.int64,
         HAS_LEFT=plan.left is not None, HAS_RIGHT=plan.right is not None, NEGATIVE=scale < 0,
         GROUP=heads // key_heads, HEAD_DIM=head_dim, VALUE_DIM=value_dim, VECTOR=vector,
-        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys,
-        BLOCK_D=triton_tiles.padded(head_dim), BLOCK_V=triton_tiles.padded(value_dim),
+        BLOCK_M=plan.tile.rows, BLOCK_N=plan.tile.keys, BLOCK_D=block_d, BLOCK_V=block_v,
         num_warps=plan.tile.warps, num_stages=plan.tile.stages, **triton_launch.OPTIONS,
     )  # fmt: skip
 
@@ -152,7 +140,7 @@ def attention_backward(
 ):  # fmt: skip
     """dQ, dK and dV, of the shapes of query, key and value, and dbias, of bias's shape or empty."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_serves(query, value, dropout_seed) or _plain_differentiates(*starts):
+    if _plain_differentiates(query, value):
         tensors = grad_out, grad_lse, query, key, value, out, lse
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
         return reference.attention_backward(*tensors, *options, bias_gradient)
@@ -164,9 +152,9 @@ def attention_backward(
     grad_out, out = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad_out, out))
     statistics = query.new_empty(4 if query.dtype is torch.float32 else 2, lse.numel(), dtype=torch.float32)
     window = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
-    terms = triton_terms.terms(*terms)
-    call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
     with triton_launch.on(query.device):
+        terms = triton_terms.terms(query, *terms, dropout_seed, dropout_p)
+        call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
         _launch_prepare(call, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous())
         _launch_differentiate(call, *gradients)
         if bias_gradient:
@@ -174,12 +162,12 @@ def attention_backward(
     return *gradients, d_bias
 
 
-def _plain_differentiates(query_starts, key_starts, key_ends) -> bool:
-    """Whether only the reference has the gradients of a call."""
-    if query_starts is None or key_ends is None:
-        return False
-    backends.because("key_ends lets packed sequences share keys: plain PyTorch makes the gradients")
-    return True
+def _plain_differentiates(query, value) -> bool:
+    """Whether only the reference has the gradients of a call; `explain` hears why."""
+    if max(query.shape[3], value.shape[3]) > triton_tiles.WIDEST:
+        backends.because(f"head_dim is over {triton_tiles.WIDEST}: plain PyTorch makes the gradients")
+        return True
+    return False
 
 
 def _launch_prepare(call, out, lse, grad_lse):
@@ -214,7 +202,7 @@ def _launch_differentiate(call, d_query, d_key, d_value):
     if call.bounds.key_starts is not None or call.bounds.key_ends is not None:
         # Keys that no sequence has belong to no program.
         d_key.zero_(), d_value.zero_()
-    programs = pairs * triton_sequences.tiles(call.bounds, key_length, key_tile.keys)
+    programs = pairs * triton_sequences.key_blocks(call.bounds, key_length, key_tile.keys)
     reach_of_a_key_head = max(
         tensor.stride(1) * group + tensor.stride(2) * length for tensor in (call.query, call.grad_out)
     )

@@ -4,6 +4,8 @@
     dS = P (dOut V^T - delta + dLse) dscore/dproduct     dQ = scale dS K                      `differentiate_query`
     dV = P^T dOut                                        dK = scale dS^T Q                    `differentiate_key`
 
+With dropout dV is drop(P)^T dOut, and dOut V^T becomes drop(dOut V^T); delta, made of out, has it already.
+
 A program of `differentiate_query` holds a tile of rows and walks the keys that they may look at; a program of
 `differentiate_key` holds a block of keys and walks the rows that may look at them. Each result has one owner, which
 sums it in registers in a fixed order: no atomics, the same bits every time. The two walks make seven products of a
@@ -29,9 +31,9 @@ Letters: M rows of a tile, N keys of a block, D head_dim and V value's, padded t
 import triton
 import triton.language as tl
 
-from .triton_sequences import key_block, row_tile, tiles_of
+from .triton_sequences import key_block, key_blocks_of, row_tile, span_of_sharer, tiles_of
 from .triton_shared import LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, d_probability, dropped, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -162,6 +164,7 @@ def _add_keys(
         if EXACT:
             total += tl.sum(p, axis=1)
         d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")  # [M, N]
+        d_p = d_probability(d_p, terms, places, keys[None, :])
         d_product = _d_product(p, d_p, delta[:, None], None if grad_lse is None else grad_lse[:, None], capped, softcap)
         d_query = tl.dot(d_product.to(k.dtype), k, d_query, input_precision="ieee")
     return d_query, total
@@ -291,11 +294,12 @@ def _add_rows(
     statistics_ptr, rows_in_all, begin, end, window_left, window_right, factor, softcap, OFFSET: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Walk over the row tiles of begin..end. Scores lie as (key, row), so that no operand is turned in registers.
 
     Keys behind the last one need no mask: what they make, NaN included, reaches their own rows of dK and dV alone.
+    Keys of others do, where sequences have them to share.
     """
     d_key, d_value = state  # [N, D], [N, V]
     for start in range(begin, end, BLOCK_M):
@@ -326,11 +330,17 @@ def _add_rows(
         p, capped = probability(
             product, lse[None, :], allowed, terms, places, keys[:, None], among, factor, softcap, MASKED
         )
+        if SHARED:
+            p = tl.where(((keys >= 0) & (keys < span[3]))[:, None], p, 0.0)
         if EXACT:
             p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, MASKED)[None, :]
-        d_value = tl.dot(p.to(grad.dtype), grad, d_value, input_precision="ieee")
+        weights = dropped(p, terms, places, keys[:, None])
+        d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(grad), input_precision="ieee")  # [N, M]
+        d_p = d_probability(d_p, terms, places, keys[:, None])
         d_product = _d_product(p, d_p, delta[None, :], None if grad_lse is None else grad_lse[None, :], capped, softcap)
+        if SHARED:
+            d_product = tl.where(((keys >= 0) & (keys < span[3]))[:, None], d_product, 0.0)
         d_key = tl.dot(d_product.to(q.dtype), q, d_key, input_precision="ieee")
     return d_key, d_value
 
@@ -342,6 +352,7 @@ def _add_window_of_rows(
     OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EXACT: tl.constexpr,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """The row tiles to which the window opens the block's keys: masked at its right edge, whole, masked at its left."""
     _, query_length, _, key_length = span
@@ -363,19 +374,42 @@ def _add_window_of_rows(
             state, k, v, keys, terms, batch, chosen, span, query_ptr, query_head, query_step,
             grad_ptr, grad_head, grad_step, statistics_ptr, rows_in_all, begin, whole, window_left, window_right,
             factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True, SHARED,
         )  # fmt: skip
     state = _add_rows(
         state, k, v, keys, terms, batch, chosen, span, query_ptr, query_head, query_step,
         grad_ptr, grad_head, grad_step, statistics_ptr, rows_in_all, whole, whole_end, window_left, window_right,
         factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, False,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, False, SHARED,
     )  # fmt: skip
     return _add_rows(
         state, k, v, keys, terms, batch, chosen, span, query_ptr, query_head, query_step,
         grad_ptr, grad_head, grad_step, statistics_ptr, rows_in_all, whole_end, end, window_left, window_right,
         factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, BLOCK_M, True, SHARED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_sequence(
+    state, k, v, first_key, terms, batch, chosen, span, rows, window_left, window_right, factor, softcap,
+    OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, EXACT: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SHARED: tl.constexpr,
+):  # fmt: skip
+    """What one sequence's rows add to dK and dV of a block of keys."""
+    query_ptr, query_batch, query_head, query_step, grad_ptr, grad_batch, grad_head, grad_step = rows[:8]
+    statistics_ptr, pair, query_length, rows_in_all, first_head = rows[8:]
+    return _add_window_of_rows(
+        state, k, v, first_key, terms, batch, chosen, span,
+        block_of(query_ptr, batch, first_head, span[0], query_batch, query_head, query_step, VECTOR),
+        query_head.to(tl.int64) * VECTOR, query_step.to(tl.int64) * VECTOR,
+        block_of(grad_ptr, batch, first_head, span[0], grad_batch, grad_head, grad_step, VECTOR),
+        grad_head.to(tl.int64) * VECTOR, grad_step.to(tl.int64) * VECTOR,
+        shifted(statistics_ptr + pair.to(tl.int64) * query_length * GROUP, span[0], GROUP, 1),
+        rows_in_all.to(tl.int64), window_left, window_right, factor, softcap,
+        OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SHARED,
     )  # fmt: skip
 
 
@@ -408,11 +442,15 @@ def differentiate_key(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of keys."""
-    blocks = tiles_of(bounds, key_length, BLOCK_N)
+    """dK and dV of one block of keys, which several sequences may share where their ends are given."""
+    blocks = key_blocks_of(bounds, key_length, BLOCK_N)
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     batch, chosen = pair // key_heads, pair % key_heads
-    block, span = key_block(bounds, batch, block, query_length, key_length, BLOCK_N)
+    # The block is the tensor's, or one of the only sequence that has its keys.
+    SHARED: tl.constexpr = bounds.query_starts is not None and bounds.key_ends is not None
+    span = 0, query_length, 0, key_length
+    if not SHARED:
+        block, span = key_block(bounds, batch, block, query_length, key_length, BLOCK_N)
     keys = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column, value_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_V)[None, :]
     inside = (keys < span[3])[:, None]
@@ -421,20 +459,31 @@ def differentiate_key(
     v_rows = _block(value_ptr, batch, chosen, keys, span[2], value_batch, value_head, value_step, VECTOR)
     v = load_tile(v_rows, value_column, inside, VALUE_DIM, BLOCK_V, True)  # [N, V]
     first_head = chosen.to(tl.int64) * GROUP
-    d_key, d_value = _add_window_of_rows(
-        (tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)),
-        k, v, block * BLOCK_N, terms, batch, chosen, span,
-        block_of(query_ptr, batch, first_head, span[0], query_batch, query_head, query_step, VECTOR),
-        query_head.to(tl.int64) * VECTOR, query_step.to(tl.int64) * VECTOR,
-        block_of(grad_ptr, batch, first_head, span[0], grad_batch, grad_head, grad_step, VECTOR),
-        grad_head.to(tl.int64) * VECTOR, grad_step.to(tl.int64) * VECTOR,
-        shifted(statistics_ptr + pair.to(tl.int64) * query_length * GROUP, span[0], GROUP, 1),
-        rows_in_all.to(tl.int64), window_left, window_right, factor, softcap,
-        OFFSET, HAS_LEFT, HAS_RIGHT, EXACT, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+    state = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    rows = (
+        query_ptr, query_batch, query_head, query_step, grad_ptr, grad_batch, grad_head, grad_step,
+        statistics_ptr, pair, query_length, rows_in_all, first_head,
     )  # fmt: skip
+    if SHARED:
+        for sequence in range(bounds.sequences):
+            sharer = span_of_sharer(bounds, sequence, block * BLOCK_N, query_length, key_length, BLOCK_N)
+            state = _add_sequence(
+                state, k, v, block * BLOCK_N - sharer[2], terms, batch, chosen, sharer, rows,
+                window_left, window_right, factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT,
+                GROUP, HEAD_DIM, VALUE_DIM, VECTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SHARED,
+            )  # fmt: skip
+    else:
+        state = _add_sequence(
+            state, k, v, block * BLOCK_N, terms, batch, chosen, span, rows,
+            window_left, window_right, factor, softcap, OFFSET, HAS_LEFT, HAS_RIGHT, EXACT,
+            GROUP, HEAD_DIM, VALUE_DIM, VECTOR, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, SHARED,
+        )  # fmt: skip
+    d_key, d_value = state
     d_rows = _block(d_key_ptr, batch, chosen, keys, span[2], d_key_batch, d_key_head, d_key_step, VECTOR)
     d_key = (d_key * scale).to(d_key_ptr.dtype.element_ty)
     tl.store(d_rows + column, d_key, mask=inside & (column < HEAD_DIM))
+    if terms.hashes is not None:
+        d_value *= terms.drop_scale
     d_rows = _block(d_value_ptr, batch, chosen, keys, span[2], d_value_batch, d_value_head, d_value_step, VECTOR)
     d_value = d_value.to(d_value_ptr.dtype.element_ty)
     tl.store(d_rows + value_column, d_value, mask=inside & (value_column < VALUE_DIM))

@@ -16,7 +16,7 @@ import triton.language as tl
 from .triton_backward import d_score, load_statistic, probability
 from .triton_sequences import spans_of_rows
 from .triton_shared import block_of, load_tile
-from .triton_terms import places
+from .triton_terms import d_probability, places
 
 
 @triton.jit
@@ -63,6 +63,7 @@ def _d_score(
     if EXACT:
         p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, True)[:, None]
     d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
+    d_p = d_probability(d_p, terms, here, keys)
     # Keys that no sequence has may hold NaN.
     return tl.where(allowed, d_score(p, d_p, delta, grad_lse), 0.0)
 

@@ -5,6 +5,8 @@
     l  = l exp2(m - m') + sum(p)                             acc = acc exp2(m - m') + p value
     out = acc / l,  lse = ln(2) (m + log2(l))
 
+With dropout, acc takes the weights that are kept, l all of them, and out is divided by 1 - p.
+
 The rows of a tile are (position, head) pairs of one key head, position by position, so that the query heads that
 share a key head are multiplied together: nothing is expanded, and one decoded token still makes a tile of rows.
 Online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; tiling: Dao 2023,
@@ -13,7 +15,8 @@ https://arxiv.org/abs/2307.08691.
 What a call adds to its scores, and where its sequences lie, is in triton_terms and triton_sequences; where a call has
 neither, nothing of them is left in the machine code.
 
-Letters: M query rows of a tile, N keys of a block, D head_dim and V value's, padded to powers of two.
+Letters: M query rows of a tile, N keys of a block, D head_dim and V value's, padded to powers of two; of wider ones
+(triton_tiles.WIDEST) the part that a product takes, and the part that a program owns.
 """
 
 import triton
@@ -21,7 +24,22 @@ import triton.language as tl
 
 from .triton_sequences import row_tile, tiles_of
 from .triton_shared import LN_2, LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, dropped, places_of_tile, sink_of, unmasked
+
+
+@triton.jit
+def _summed_products(
+    q_rows, k_rows, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """query key^T, [M, N], of a head_dim over BLOCK_D: the sum over parts of it, for which both are read anew."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in tl.static_range(0, HEAD_DIM, BLOCK_D):
+        column = tl.arange(0, BLOCK_D)
+        q = load_tile(q_rows + first, column[None, :], None, HEAD_DIM - first, BLOCK_D, False)  # [M, D]
+        k = load_tile(k_rows + first, column[:, None], inside, HEAD_DIM - first, BLOCK_D, MASKED)  # [D, N]
+        product = tl.dot(q, k, product, input_precision="ieee")
+    return product
 
 
 @triton.jit
@@ -40,7 +58,10 @@ def _attend(
     factor, softcap, OFFSET: tl.constexpr, HAS_LEFT: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Walk over the key blocks of begin..end. lowest, highest: [M, 1], the keys that each row may look at."""
+    """Walk over the key blocks of begin..end. lowest, highest: [M, 1], the keys that each row may look at.
+
+    q: the tile, or of a head_dim over BLOCK_D where its rows begin.
+    """
     acc, top, total = state  # [M, V], [M], [M]
     # Within a block 32 bits do, unless rows lie very far apart; the block's own place always takes 64.
     offsets = tl.arange(0, BLOCK_N).to(OFFSET)
@@ -48,8 +69,11 @@ def _attend(
         keys = start + tl.arange(0, BLOCK_N)
         inside = keys < key_length
         k_rows = key_ptr + tl.cast(start, tl.int64) * key_step + (offsets * key_step.to(OFFSET))[None, :]
-        k = load_tile(k_rows, tl.arange(0, BLOCK_D)[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
-        s = tl.dot(q, k, input_precision="ieee")  # [M, N]
+        if HEAD_DIM <= BLOCK_D:
+            k = load_tile(k_rows, tl.arange(0, BLOCK_D)[:, None], inside[None, :], HEAD_DIM, BLOCK_D, MASKED)  # [D, N]
+            s = tl.dot(q, k, input_precision="ieee")  # [M, N]
+        else:
+            s = _summed_products(q, k_rows, inside[None, :], HEAD_DIM, BLOCK_D, q.shape[0], BLOCK_N, MASKED)
         among = inside[None, :] if MASKED else None
         terms_keys = (start // BLOCK_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # so that their loads may be wide
         s, scores_factor = _scores(s, terms, places, terms_keys, among, factor, softcap)
@@ -68,6 +92,7 @@ def _attend(
         p = tl.exp2(s * scores_factor - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(p, axis=1)
+        p = dropped(p, terms, places, terms_keys)
         v_rows = value_ptr + tl.cast(start, tl.int64) * value_step + (offsets * value_step.to(OFFSET))[:, None]
         v = load_tile(v_rows, tl.arange(0, BLOCK_V)[None, :], inside[:, None], VALUE_DIM, BLOCK_V, MASKED)  # [N, V]
         acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
@@ -178,7 +203,10 @@ def attend(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one tile of rows over this program's share of the keys (axis 1 of the grid splits them)."""
+    """out and lse of one tile of rows over this program's share of the keys (axis 1 of the grid splits them).
+
+    Where value's head_dim is wider than BLOCK_V, of that part of it which axis 2 says, scores being made anew.
+    """
     tiles = tiles_of(bounds, query_length * GROUP, BLOCK_M)
     batch, chosen = tl.program_id(0) // tiles // key_heads, tl.program_id(0) // tiles % key_heads
     tile = tl.program_id(0) % tiles
@@ -186,25 +214,41 @@ def attend(
         tile = tiles - 1 - tile  # longest rows first, so that short ones fill the end
     tile, span = row_tile(bounds, batch, tile, query_length, key_length, GROUP, BLOCK_M)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_ptr = shifted(query_ptr, span[0], query_step, VECTOR)
-    q_rows = addresses(query_ptr, row, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
-    column, inside = tl.arange(0, BLOCK_D)[None, :], (row < span[1] * GROUP)[:, None]
-    q = load_tile(q_rows, column, inside, HEAD_DIM, BLOCK_D, True)  # [M, D]
-    if NEGATIVE:
-        # `factor` is positive, so that the largest product is the largest score; q takes the scale's sign, exactly.
-        q = (-q.to(tl.float32)).to(q.dtype)
+    if HEAD_DIM <= BLOCK_D:
+        query_ptr = shifted(query_ptr, span[0], query_step, VECTOR)
+        q_rows = addresses(query_ptr, row, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
+        column, inside = tl.arange(0, BLOCK_D)[None, :], (row < span[1] * GROUP)[:, None]
+        q = load_tile(q_rows, column, inside, HEAD_DIM, BLOCK_D, True)  # [M, D]
+        if NEGATIVE:
+            # `factor` is positive, so that the largest product is the largest score; q takes the scale's sign, exactly.
+            q = (-q.to(tl.float32)).to(q.dtype)
+    else:
+        # Rows behind the last one read the last one, or that of the sequence before: so loads need no mask.
+        begin = tl.minimum(span[0], query_length - 1)
+        last = tl.maximum(tl.minimum(row, span[1] * GROUP - 1), 0)
+        query_ptr = shifted(query_ptr, begin, query_step, VECTOR)
+        q = addresses(query_ptr, last, batch, chosen, query_batch, query_head, query_step, VECTOR, GROUP)
+    if VALUE_DIM > BLOCK_V:
+        # The last part begins earlier where BLOCK_V does not divide value's head_dim; the columns that two programs
+        # make have the same bits.
+        part = tl.program_id(2)
+        first_value = tl.where(part == tl.num_programs(2) - 1, VALUE_DIM - BLOCK_V, part * BLOCK_V)
+        value_ptr, out_ptr = value_ptr + first_value, out_ptr + first_value
     acc, top, total = _attend_window(
         _nothing_yet(terms, row, chosen, GROUP, BLOCK_M, BLOCK_V), q, terms,
         block_of(key_ptr, batch, chosen, span[2], key_batch, key_head, key_step, VECTOR),
         block_of(value_ptr, batch, chosen, span[2], value_batch, value_head, value_step, VECTOR),
         key_step.to(tl.int64) * VECTOR, value_step.to(tl.int64) * VECTOR,
         tile, batch, chosen, span, window_left, window_right, factor, softcap,
-        OFFSET, HAS_LEFT, HAS_RIGHT, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
+        OFFSET, HAS_LEFT, HAS_RIGHT, GROUP, HEAD_DIM, min(VALUE_DIM, BLOCK_V), BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     row = _rows(tile, total, BLOCK_M)
     inside = (row < span[1] * GROUP)[:, None]
     split = tl.program_id(1).to(tl.int64)
-    out = acc * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+    factor = 1.0 / tl.where(total > 0.0, total, 1.0)
+    if terms.hashes is not None:
+        factor *= terms.drop_scale
+    out = acc * factor[:, None]
     out_ptr = shifted(out_ptr + split * out_split * VECTOR, span[0], out_step, VECTOR)
     out_rows = addresses(out_ptr, row, batch, chosen, out_batch, out_head, out_step, VECTOR, GROUP)
     column = tl.arange(0, BLOCK_V)[None, :]

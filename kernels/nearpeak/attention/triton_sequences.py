@@ -47,6 +47,11 @@ def tiles(bounds, extent, tile):
     return extent // tile + bounds.sequences if bounds.sequences else triton.cdiv(extent, tile)
 
 
+def key_blocks(bounds, key_length, block):
+    """How many blocks a head's keys take: in place, not sequence by sequence, where sequences may share them."""
+    return triton.cdiv(key_length, block) if bounds.key_ends is not None else tiles(bounds, key_length, block)
+
+
 @triton.jit
 def tiles_of(bounds, extent, TILE: tl.constexpr):
     """As `tiles`, in a kernel."""
@@ -54,6 +59,15 @@ def tiles_of(bounds, extent, TILE: tl.constexpr):
         return extent // TILE + bounds.sequences
     else:
         return tl.cdiv(extent, TILE)
+
+
+@triton.jit
+def key_blocks_of(bounds, key_length, BLOCK: tl.constexpr):
+    """As `key_blocks`, in a kernel."""
+    if bounds.key_ends is not None:
+        return tl.cdiv(key_length, BLOCK)
+    else:
+        return tiles_of(bounds, key_length, BLOCK)
 
 
 @triton.jit
@@ -113,6 +127,14 @@ def key_block(bounds, batch, block, query_length, key_length, BLOCK_N: tl.conste
     if bounds.query_starts is not None:
         sequence, block = _find(bounds, bounds.key_starts, block, 1, BLOCK_N)
     return block, _span_of(bounds, sequence, query_length, key_length)
+
+
+@triton.jit
+def span_of_sharer(bounds, sequence, first_key, query_length, key_length, BLOCK_N: tl.constexpr):
+    """The span of a packed sequence, without queries if it has no key of the block that begins with first_key."""
+    query_start, queries, key_start, keys = _span_of(bounds, sequence, query_length, key_length)
+    apart = (first_key >= key_start + keys) | (first_key + BLOCK_N <= key_start)
+    return query_start, tl.where(apart, 0, queries), key_start, keys
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """What attention's Triton kernels add to the scores: bias, ALiBi and a boolean mask, each of which vanishes when off.
 
-    score = log2(e) (product + bias - slope |p - k|),  -inf where the mask forbids
+    score  = log2(e) (product + bias - slope |p - k|),  -inf where the mask forbids
+    weight = P kept / (1 - p)                           with dropout
 
 A mask or bias is read where it lies, by its strides: 0 where it broadcasts. Sinks are no term of a score, but one more
 score of each row.
@@ -8,9 +9,12 @@ score of each row.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
+from . import dropout, triton_dropout
+from .triton_dropout import halves, kept
 from .triton_shared import LOG2_E
 
 MOST_NEGATIVE = tl.constexpr(-3.4028234663852886e38)  # of float32
@@ -35,6 +39,11 @@ class Terms(NamedTuple):
     slopes: object  # (heads,) or (batch, heads), dense
     slopes_batch: int
     sinks: object  # (heads,), dense
+    hashes: object  # (batch, heads, query length), dense: each row's number, which decides what dropout keeps
+    hash_batch: int | None  # strides
+    hash_head: int | None
+    drop_threshold: int | None
+    drop_scale: float | None  # 1 / (1 - p)
 
 
 class Places(NamedTuple):
@@ -48,6 +57,8 @@ class Places(NamedTuple):
     bias: object
     slope: object
     position: object
+    low: object
+    high: object
 
 
 def _strides(tensor):
@@ -57,12 +68,35 @@ def _strides(tensor):
     return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def terms(mask=None, bias=None, alibi_slopes=None, sinks=None):
-    """The kernels' argument for a mask and bias of four dimensions, slopes ([batch,] heads) and sinks (heads,)."""
+def _hashes(query, seed):
+    """Each row's number, (batch, heads, query length) of int64."""
+    hashes = query.new_empty(query.shape[:3], dtype=torch.int64)
+    programs = triton.cdiv(hashes.numel(), triton_dropout.BLOCK)
+    triton_dropout.hash_rows[(programs,)](
+        seed, hashes, hashes.numel(), query.shape[2], BLOCK=triton_dropout.BLOCK, num_warps=triton_dropout.WARPS
+    )
+    return hashes
+
+
+def _dropping(query, seed, p):
+    """The members of Terms that are dropout's."""
+    if p == 0.0:
+        return (None,) * 5
+    hashes, threshold = _hashes(query, seed), dropout.threshold(p)
+    # As a number of 32 bits with sign: kernels would be compiled once more for numbers that need more.
+    return hashes, *hashes.stride()[:2], (threshold + 2**31) % 2**32 - 2**31, 1.0 / (1.0 - p)
+
+
+def terms(query, mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_seed=None, dropout_p=0.0):
+    """The kernels' argument for a mask and bias of four dimensions, slopes ([batch,] heads) and sinks (heads,).
+
+    With dropout it launches the kernel that hashes query's rows.
+    """
     slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
     slopes_batch = slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0
     sinks = None if sinks is None else sinks.contiguous()
-    return Terms(mask, *_strides(mask), bias, *_strides(bias), slopes, slopes_batch, sinks)
+    dropping = _dropping(query, dropout_seed, dropout_p)
+    return Terms(mask, *_strides(mask), bias, *_strides(bias), slopes, slopes_batch, sinks, *dropping)
 
 
 WIDE = 16  # elements, and bytes of an address, whose multiples the compiler knows
@@ -74,11 +108,15 @@ def _loads_wide(tensor) -> bool:
 
 
 def crowding(terms, bounds) -> int:
-    """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2."""
+    """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2.
+
+    Dropout, which hashes a column and its row for each weight, takes as much as a mask that can.
+    """
     read = [tensor for tensor in (terms.mask, terms.bias) if tensor is not None]
-    if len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0]):
-        return 1
-    return 2 if read else 0
+    if not read:
+        return 0 if terms.hashes is None else 1
+    wide = len(read) == 1 and bounds.key_starts is None and _loads_wide(read[0])
+    return 1 if wide and terms.hashes is None else 2
 
 
 @triton.jit
@@ -97,7 +135,7 @@ def _rows(pointer, batch_step, head_step, row_step, key_step, batch, head, index
 @triton.jit
 def places(terms, batch, head, index, first_key, position):
     """Of rows of any shape that spreads over keys: their heads, and their indices and positions, which may differ."""
-    mask, bias, slope = 0, 0, 0
+    mask, bias, slope, low, high = 0, 0, 0, 0, 0
     if terms.mask is not None:
         steps = terms.mask_batch, terms.mask_head, terms.mask_row, terms.mask_key
         mask = _rows(terms.mask, *steps, batch, head, index, first_key)
@@ -106,16 +144,19 @@ def places(terms, batch, head, index, first_key, position):
         bias = _rows(terms.bias, *steps, batch, head, index, first_key)
     if terms.slopes is not None:
         slope = tl.load(terms.slopes + batch * terms.slopes_batch + head).to(tl.float32) * LOG2_E
-    return Places(mask, bias, slope, position)
+    if terms.hashes is not None:
+        of_row = _rows(terms.hashes, terms.hash_batch, terms.hash_head, 1, 0, batch, head, index, 0)
+        low, high = halves(tl.load(of_row), first_key)
+    return Places(mask, bias, slope, position, low, high)
 
 
 @triton.jit
 def places_of_tile(terms, row, batch, chosen, span, GROUP: tl.constexpr):
-    """Of a tile's (position, head) rows; those behind the last one read the last one's terms.
+    """Of a tile's (position, head) rows; those behind the last one read the last one's terms, or the one's before.
 
     span: the sequence's (query start, query length, key start, key length).
     """
-    index = span[0] + tl.maximum(tl.minimum(row // GROUP, span[1] - 1), 0)
+    index = tl.maximum(span[0] + tl.minimum(row // GROUP, span[1] - 1), 0)
     return places(terms, batch, chosen * GROUP + row % GROUP, index, span[2], row // GROUP + span[3] - span[1])
 
 
@@ -139,6 +180,25 @@ def biased(score, terms, places, keys, inside):
 def unmasked(terms, places, keys, inside):
     """Where the boolean mask lets a row look at a key."""
     return _load(places.mask, keys, terms.mask_key, inside) != 0
+
+
+@triton.jit
+def dropped(weights, terms, places, keys):
+    """The weights that dropout keeps, not yet multiplied by 1 / (1 - p), and zeros for the others."""
+    if terms.hashes is not None:
+        weights = tl.where(kept(places.low, places.high, keys, terms.drop_threshold), weights, 0.0)
+    return weights
+
+
+@triton.jit
+def d_probability(d_weight, terms, places, keys):
+    """The gradient of a probability, of which dropout makes a weight.
+
+    A product last, so that what is subtracted from it is subtracted before rounding, in one instruction.
+    """
+    if terms.hashes is not None:
+        d_weight *= tl.where(kept(places.low, places.high, keys, terms.drop_threshold), terms.drop_scale, 0.0)
+    return d_weight
 
 
 @triton.jit

@@ -44,9 +44,28 @@ FEW = {
 }
 
 
+# Wider ones take the sum of products over parts of head_dim; and each program owns a part of value's.
+WIDEST, PART_OF_HEAD_DIM, PART_OF_VALUE_DIM = 256, 64, 256
+WIDE_SM_90 = {2: Tile(64, 32, 8, 2), 4: Tile(16, 16, 8, 1)}
+WIDE_SM_100 = {2: Tile(64, 16, 8, 2), 4: Tile(16, 16, 8, 1)}
+WIDE_THROUGH_REGISTERS = {2: Tile(32, 32, 8, 2), 4: Tile(16, 16, 8, 1)}
+WIDE_AMD = {2: Tile(64, 16, 8, 2), 4: Tile(32, 16, 8, 1)}
+FEW_WIDE = {2: Tile(FEW_ROWS, 32, 4, 2), 4: Tile(FEW_ROWS, 16, 8, 1)}
+
+
 def padded(head_dim: int) -> int:
     """Elements that a row takes in a tile: a power of two that matrix instructions take."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def part_of_head_dim(head_dim: int) -> int:
+    """Elements of a row that one product takes."""
+    return padded(head_dim) if head_dim <= WIDEST else PART_OF_HEAD_DIM
+
+
+def part_of_value_dim(value_dim: int) -> int:
+    """Elements of a row of out that a program owns."""
+    return padded(value_dim) if value_dim <= WIDEST else PART_OF_VALUE_DIM
 
 
 def _smaller(tile: Tile, crowding: int, itemsize: int, architecture: int | str) -> Tile:
@@ -71,7 +90,9 @@ def tile_sizes(
 def _tile_sizes(rows, head_dim, itemsize, architecture, windowed):
     width = max(64, padded(head_dim))
     if rows <= FEW_ROWS:
-        return FEW[itemsize][width]
+        return FEW_WIDE[itemsize] if width > WIDEST else FEW[itemsize][width]
+    if width > WIDEST:
+        return _of_wide_rows(architecture)[itemsize]
     if isinstance(architecture, str):
         return AMD[itemsize][width]
     if 90 <= architecture < 120:
@@ -79,6 +100,14 @@ def _tile_sizes(rows, head_dim, itemsize, architecture, windowed):
     if windowed and width in THROUGH_REGISTERS_WINDOWED.get(itemsize, {}):
         return THROUGH_REGISTERS_WINDOWED[itemsize][width]
     return THROUGH_REGISTERS[itemsize][width]
+
+
+def _of_wide_rows(architecture):
+    if isinstance(architecture, str):
+        return WIDE_AMD
+    if 90 <= architecture < 120:
+        return WIDE_SM_90 if architecture < 100 else WIDE_SM_100
+    return WIDE_THROUGH_REGISTERS
 
 
 # For the kernel that makes dQ, and for the one that makes dK and dV: chosen as above. An AMD program's loads pass

@@ -1,0 +1,45 @@
+"""Which weights dropout keeps, in attention's Triton kernels: dropout.py, which defines it, bit for bit.
+
+Per row one number of 64 bits is made, by a kernel of its own, so that no loop of another kernel makes it again: its
+four products of 64 bits take 60 instructions. Per weight the row's number is mixed with the column in 32 bits, in
+eleven instructions.
+"""
+
+import triton
+import triton.language as tl
+
+BLOCK = 256  # rows that one program hashes
+WARPS = 4
+
+
+@triton.jit
+def _mixed(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def hash_rows(seed_ptr, hash_ptr, rows, length, BLOCK: tl.constexpr):
+    """The number of each row, ordered as (batch entry, head, position). length: positions of a head."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    of_seed = _mixed(tl.load(seed_ptr).to(tl.uint64, bitcast=True))
+    of_head = _mixed(of_seed + (row // length).to(tl.uint64))
+    of_row = _mixed(of_head + (row % length).to(tl.uint64))
+    tl.store(hash_ptr + row, of_row.to(tl.int64, bitcast=True), mask=row < rows)
+
+
+@triton.jit
+def halves(of_row, first_key):
+    """The two numbers that each weight of a row is mixed with. first_key: where columns are counted from."""
+    low, high = of_row.to(tl.uint32), (of_row >> 32).to(tl.uint32)
+    return low + tl.cast(first_key, tl.uint32), high
+
+
+@triton.jit
+def kept(low, high, column, threshold):
+    """Whether each weight is kept; threshold: a number of 32 bits without sign, whatever the type says."""
+    x = column.to(tl.uint32) + low
+    x = (x ^ (x >> 16)) * 0x21F0AAAD ^ high
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return (x ^ (x >> 15)) >= tl.cast(threshold, tl.uint32)
