@@ -12,20 +12,14 @@ import torch
 
 from . import (
     attention,
-<<<<<<< HEAD
-=======
     attention_blocks,
->>>>>>> blocks
     attention_terms,
     feedforward,
     layer_norm,
     linear,
     norm,
     overhead,
-<<<<<<< HEAD
     quantized_linear,
-=======
->>>>>>> blocks
     rotary,
     shapes,
     variants,
@@ -37,13 +31,8 @@ SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
-<<<<<<< HEAD
     "linear": linear.CASES + quantized_linear.CASES,
-    "attention": attention.CASES + attention_terms.CASES,
-=======
-    "linear": linear.CASES,
     "attention": attention.CASES + attention_terms.CASES + attention_blocks.CASES,
->>>>>>> blocks
     "overhead": overhead.CASES,
 }
 
