@@ -171,6 +171,16 @@ inline void keep_in_register(Float& value) {
 #endif
 }
 
+// The value rounded to float32: an addition that follows must not become a fused multiply-add.
+inline Float uncontracted(Float value) {
+#if NEARPEAK_LANES == 16 && !defined(__AVX512F__)
+    asm("" : "+m"(value));
+#else
+    keep_in_register(value);
+#endif
+    return value;
+}
+
 inline Short load_bits(const void* from) {
     Short bits;
     std::memcpy(&bits, from, sizeof(bits));

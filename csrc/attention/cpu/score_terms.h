@@ -51,9 +51,7 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         Float distance = __builtin_convertvector(lane_numbers(), Float) + static_cast<float>(begin - own);
         for (int64_t k = 0; k < end - begin; k += kLanes, distance += static_cast<float>(kLanes)) {
             // Rounded before it is subtracted, as where prefill adds it later: backward needs the very same scores.
-            Float term = max(distance, -distance) * slope;
-            keep_in_register(term);
-            store(scores + k, load(scores + k) - term);
+            store(scores + k, load(scores + k) - uncontracted(max(distance, -distance) * slope));
         }
     }
     if (p.mask.data) add(p.mask, static_cast<Permission*>(nullptr), [](Float term) { return term; });
