@@ -61,10 +61,10 @@ struct ColumnWise {
     int64_t stride;
 };
 
-// `right` is kVectors vectors wide.
+// `right` is kVectors vectors wide. A function of its own: amid other code, GCC may keep sums in memory.
 template <int kRows, int kVectors = kPanelVectors, class Step = Singles, class Left, class Combine>
-inline void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
-                          int64_t out_stride, Combine combine) {
+[[gnu::noinline]] void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
+                                     int64_t out_stride, Combine combine) {
     Float sums[kRows][kVectors] = {};
     for (int64_t step = 0; step < steps; ++step, right += right_stride) {
         Float vectors[kVectors];
