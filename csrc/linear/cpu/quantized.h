@@ -39,6 +39,9 @@ struct QuantizedRow {
     const float* scales;
     const uint8_t* zeros;
 
+    // Into the second-level cache, what a load of codes from `step` on will read. It may lie in a row behind this one.
+    void fetch(int64_t step) const { __builtin_prefetch(codes + step * kBits / 8, 0, 2); }
+
     Group group(int64_t number) const {
         return {scales[number], kZeros ? static_cast<float>(zeros[number]) : 1 << (kBits - 1)};
     }

@@ -102,7 +102,12 @@ class QuantizedColumns {
                                           int64_t step, Float (&sums)[kRows][kColumns][kSlots]) const {
         Float codes[kRows][kBlockVectors];
 #pragma GCC unroll 4
-        for (int row = 0; row < kRows; ++row) load_codes(rows[row], step, codes[row]);
+        for (int row = 0; row < kRows; ++row) {
+            load_codes(rows[row], step, codes[row]);
+            // Rows end before the processor has begun to fetch ahead by itself: the same place of the rows to come. Zen
+            // 5, 4096 x 14336, 8 bits, four rows of x: 3.0 ms without it, 2.3 with.
+            rows[row].fetch(step + kRows * p.steps);
+        }
 #pragma GCC unroll 8
         for (int vector = 0; vector < kBlockVectors; ++vector) {
             Float elements[kRows];
