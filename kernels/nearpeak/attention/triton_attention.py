@@ -196,6 +196,9 @@ def _launch_differentiate(call, d_query, d_key, d_value):
     if head_dim != value_dim and crowding == 0:
         # Two widths keep two sets of addresses: at 192 and 128 they spill 16 bytes on sm_90.
         query_tile, _ = triton_tiles.backward_tiles(width, size, architecture, crowding=1)
+    if triton_sequences.shares_keys(call.bounds) and crowding == 0 and (size == 2 or width > 64):
+        # A loop around the loop over rows takes registers. (In float32 at 64 it is smaller tiles that spill.)
+        _, key_tile = triton_tiles.backward_tiles(width, size, architecture, crowding=1)
     programs = pairs * triton_sequences.tiles(call.bounds, length * group, query_tile.rows)
     reach_of_a_block = query_tile.keys * max(call.key.stride(2), call.value.stride(2))
     _launch_walk(differentiate_query, call, programs, query_tile, reach_of_a_block, d_query)

@@ -47,6 +47,11 @@ def tiles(bounds, extent, tile):
     return extent // tile + bounds.sequences if bounds.sequences else triton.cdiv(extent, tile)
 
 
+def shares_keys(bounds) -> bool:
+    """Whether packed sequences may have keys in common."""
+    return bounds.query_starts is not None and bounds.key_ends is not None
+
+
 def key_blocks(bounds, key_length, block):
     """How many blocks a head's keys take: in place, not sequence by sequence, where sequences may share them."""
     return triton.cdiv(key_length, block) if bounds.key_ends is not None else tiles(bounds, key_length, block)
