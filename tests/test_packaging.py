@@ -9,6 +9,7 @@ import re
 import nearpeak
 import pytest
 import torch
+from test_gguf import file_of as gguf_file
 
 FUNCTIONS = [name for name in nearpeak.__all__ if inspect.isroutine(getattr(nearpeak, name))]
 DOCUMENTED = {
@@ -49,8 +50,10 @@ def test_every_public_name_is_documented_with_an_example(name):
 
 
 @pytest.fixture
-def names():
+def names(tmp_path, monkeypatch):
     """What examples may use without making it."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("model.gguf").write_bytes(gguf_file())
     available = {"torch": torch, "nearpeak": nearpeak}
     try:
         import tiny_models

@@ -26,6 +26,10 @@ class BlockMask(NamedTuple):
     entries: (number, 2), int32: of each block of keys that is seen, in ascending order, its number, and which `bits`
         say what of it, or -1 where it is seen whole.
     bits: (number, rows of a block, keys of a block), boolean.
+
+    >>> block_mask = nearpeak.create_block_mask(nearpeak.masks.prefix_lm(torch.tensor([5])), 1, None, 20, 20)
+    >>> query = torch.randn(1, 2, 20, 64)
+    >>> out = nearpeak.attention(query, query, query, block_mask=block_mask)
     """
 
     starts: torch.Tensor

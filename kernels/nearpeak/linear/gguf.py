@@ -147,8 +147,8 @@ def read_gguf(path: str | os.PathLike, names: Collection[str] | None = None) -> 
         ValueError: no such file format, a file that is cut off or contradicts itself, or a name that it does not hold
         as a matrix of Q8_0 or Q4_0. OSError: the file cannot be opened.
 
-    >>> weights = nearpeak.read_gguf("model-q4_0.gguf")
-    >>> layer = nearpeak.nn.QuantizedLinear.from_weight(weights["blk.0.ffn_up.weight"])
+    >>> weights = nearpeak.read_gguf("model.gguf")
+    >>> layers = {name: nearpeak.nn.QuantizedLinear.from_weight(weight) for name, weight in weights.items()}
     """
     with open(path, "rb") as file:
         reader = _Reader(file, os.fspath(path))

@@ -26,6 +26,8 @@ class QuantizedWeight(NamedTuple):
     scales: (out_features, in_features / group_size) float32, for the range of any weight
     zeros: of the scales' shape, uint8; or None: 2^(bits - 1)
     bits: 8 or 4
+
+    >>> codes, scales, zeros, bits = nearpeak.quantize_weight(torch.randn(2048, 640), bits=4, symmetric=False)
     """
 
     codes: torch.Tensor

@@ -29,7 +29,7 @@ class QuantizationReport:
 
     A layer's error is that of its weight. Inputs that do not depend on one another make y's relative error the same.
 
-    >>> report = nearpeak.quantize(model)
+    >>> report = nearpeak.quantize(model, group_size=32)
     >>> print(report)
     >>> worst = max(report.replaced, key=lambda layer: layer.error)
     """
