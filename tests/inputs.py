@@ -27,6 +27,11 @@ EXAMPLES = [
 ]
 
 
+def case_name(case):
+    """What a case, a named tuple, has beside its defaults: its name among a test's parameters."""
+    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != case._field_defaults[name])
+
+
 def randn(*shape, dtype=torch.float32, seed=0, magnitude=1.0):
     """Normal random numbers that depend on shape and seed only, rounded to dtype."""
     generator = torch.Generator().manual_seed(seed)

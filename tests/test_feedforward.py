@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, EXAMPLES, every_second, for_all, laid_out_like, misaligned, randn
+from inputs import DTYPES, EXAMPLES, case_name, every_second, for_all, laid_out_like, misaligned, randn
 from nearpeak.feedforward import reference
 
 EAGER = {
@@ -37,10 +37,6 @@ class Case(NamedTuple):
     form: str = "alone"  # or "gated", "packed", "packed, up first"
     magnitude: float = 3.0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 FORMS = ["gated", "packed", "packed, up first"]

@@ -10,7 +10,7 @@ import plain
 import pytest
 import torch
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, EXAMPLES, every_second, for_all, misaligned, randn
+from inputs import DTYPES, EXAMPLES, case_name, every_second, for_all, misaligned, randn
 from nearpeak.norm import reference
 from test_norm import EXTREMES, LAYOUTS, WIDTHS
 from tiny_models import Operators
@@ -27,10 +27,6 @@ class Case(NamedTuple):
     mean: float = 0.0
     magnitude: float = 1.0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 RESIDUALS = [None, "pre", "post"]

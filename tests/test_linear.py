@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, EXAMPLES, every_second, for_all, misaligned, padded, randn
+from inputs import DTYPES, EXAMPLES, case_name, every_second, for_all, misaligned, padded, randn
 from nearpeak.linear import operator, reference
 from torch.utils.checkpoint import checkpoint
 
@@ -23,10 +23,6 @@ class Case(NamedTuple):
     bias: bool = True
     magnitude: float = 1.0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 CASES = [

@@ -10,7 +10,7 @@ import plain
 import pytest
 import torch
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, EXAMPLES, every_second, for_all, misaligned, padded, randn
+from inputs import DTYPES, EXAMPLES, case_name, every_second, for_all, misaligned, padded, randn
 from nearpeak.norm import reference
 
 
@@ -24,10 +24,6 @@ class Case(NamedTuple):
     eps: float = 1e-6
     magnitude: float = 1.0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 WIDTHS = [1, 2, 7, 8, 15, 16, 17, 31, 33, 640, 4096, 4097]

@@ -9,7 +9,7 @@ import plain
 import pytest
 import torch
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, every_second, laid_out_like, misaligned, padded, randn
+from inputs import DTYPES, case_name, every_second, laid_out_like, misaligned, padded, randn
 from nearpeak.norm import reference
 
 
@@ -26,10 +26,6 @@ class Case(NamedTuple):
     eps: float = 1e-6
     magnitude: float = 1.0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 CASES = [

@@ -10,7 +10,18 @@ import plain
 import pytest
 import torch
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, EXAMPLES, every_second, for_all, laid_out_like, misaligned, padded, randn, sequence_first
+from inputs import (
+    DTYPES,
+    EXAMPLES,
+    case_name,
+    every_second,
+    for_all,
+    laid_out_like,
+    misaligned,
+    padded,
+    randn,
+    sequence_first,
+)
 from nearpeak.rotary import reference
 
 
@@ -26,10 +37,6 @@ class Case(NamedTuple):
     table_dtype: torch.dtype | str = "query's dtype"
     first_position: int = 0
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 TABLES = ["shared", "shared_batch", "per_batch", "full", "full_per_batch"]

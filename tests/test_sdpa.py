@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from draws import DRAWS, assert_as_exact, standards
-from inputs import DTYPES, every_second, randn, sequence_first
+from inputs import DTYPES, case_name, every_second, randn, sequence_first
 
 
 class Case(NamedTuple):
@@ -20,10 +20,6 @@ class Case(NamedTuple):
     head_dim: int = 32
     batch: int = 2
     seed: int = 0
-
-
-def case_name(case):
-    return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != Case._field_defaults[name])
 
 
 LENGTHS = [(17, 17), (5, 33), (33, 5), (1, 40), (40, 1), (0, 4), (97, 97)]

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "vector.h"
+#include "two.h"
 
 #if defined(NEARPEAK_EMULATE_PAIRS) || defined(__AVX512BF16__)
 #define NEARPEAK_HAS_PAIRS
@@ -70,9 +70,7 @@ inline Float multiply_add_pairs(Float left, Float right, Float sums) {
 }
 
 // Both rounded to bfloat16.
-inline Float pair(Float first, Float second) {
-    return bitcast<Float>((round_bfloat16(first) >> 16) | (round_bfloat16(second) & 0xffff0000u));
-}
+inline Float pair(Float first, Float second) { return paired_bits({first, second}); }
 inline Short rounded_bits(Float value) { return narrow_bfloat16(value); }
 
 #endif

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "sanitize.h"
-#include "vector.h"
+#include "two.h"
 
 namespace nearpeak::NEARPEAK_ISA {
 

@@ -15,7 +15,7 @@ class PanelMask {
     explicit PanelMask(Arena& arena) : allowed(arena.take<uint8_t>((kPanel + 2) * kStride)) {}
 
     // Keys [begin, end), kMostKeys at most.
-    void load(const Call& p, const Task& task, PanelRows rows, int64_t begin, int64_t end) {
+    void look_at(const Call& p, const Task& task, PanelRows rows, int64_t begin, int64_t end) {
         uint8_t* const any = allowed + kPanel * kStride;
         uint8_t* const all = any + kStride;
         first_key = begin;
@@ -46,12 +46,12 @@ class PanelMask {
         for (int64_t k = 0; k < end - begin; k += kLanes) {
             Float block[kLanes];
             for (int lane = 0; lane < kLanes; ++lane) {
-                block[lane] = lanes.rows[lane] ? load_permissions(lanes.rows[lane] + k) : Float{};
+                block[lane] = lanes.rows[lane] ? load(lanes.rows[lane] + k) : Float{};
             }
             transpose(block);
             for (int64_t i = 0; i < std::min<int64_t>(kLanes, end - begin - k); ++i) {
                 float* const at = scores + (k + i) * kPanel + half * kLanes;
-                store(at, nearpeak::NEARPEAK_ISA::load(at) + block[i]);
+                store(at, load(at) + block[i]);
             }
         }
     }
@@ -61,8 +61,6 @@ class PanelMask {
 
     uint8_t* const allowed;  // kPanel x keys; then of each key whether any row sees it, and whether all do
     int64_t first_key = 0, row_count = 0;
-
-    static Float load_permissions(const Permission* from) { return attention::NEARPEAK_ISA::load(from); }
 
     KeyRange hull(const uint8_t* keys, uint8_t value, int64_t begin, int64_t end) const {
         while (begin < end && keys[begin - first_key] != value) ++begin;

@@ -96,7 +96,7 @@ class Prefill {
         const auto step_of = [&](int64_t key) { return key - (key - block_begin) % Products::kStep; };
         int64_t begin = step_of(allowed_begin);
         if (!whole) {
-            block_mask.load(p, task, rows, begin, end);
+            block_mask.look_at(p, task, rows, begin, end);
             const KeyRange seen = block_mask.seen(allowed_begin, end);
             if (seen.begin >= seen.end) return;
             begin = step_of(seen.begin);

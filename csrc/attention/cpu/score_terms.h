@@ -18,10 +18,7 @@ struct Permission {
     uint8_t allowed;
 };
 inline Float load(const Permission* from) {
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-    Bytes allowed;
-    std::memcpy(&allowed, from, sizeof(allowed));
-    return select(__builtin_convertvector(allowed, Int) != 0, Float{}, broadcast(-kInfinity));
+    return select(__builtin_convertvector(load(&from->allowed), Int) != 0, Float{}, broadcast(-kInfinity));
 }
 
 // In base 2. A finite bias stays finite, as in plain softmax: rows whose keys all have the most negative one see all.

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "../../cpu/two.h"
 #include "activations.h"
 
 namespace nearpeak::feedforward::NEARPEAK_ISA {

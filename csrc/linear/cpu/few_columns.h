@@ -10,6 +10,7 @@
 #include "../../cpu/arena.h"
 #include "../../cpu/register_tiles.h"
 #include "pack.h"
+#include "store.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
@@ -83,7 +84,7 @@ class FewColumns {
                 for (int lane = 0; lane < kLanes; lane += kRows) {
                     add_rows<kRows, together>(rows + lane, x + column * stride, totals, lane);
                 }
-                store_rows<together>(column, first, std::min<int64_t>(kLanes, end - first), totals);
+                store_totals<T>(p, column, together, first, std::min<int64_t>(kLanes, end - first), totals);
             });
         }
     }
@@ -120,16 +121,6 @@ class FewColumns {
         });
         for (int row = 0; row < kRows; ++row) {
             for (int column = 0; column < kColumns; ++column) totals[column][lane + row] += add_up(sums[row][column]);
-        }
-    }
-
-    template <int kColumns>
-    void store_rows(int64_t column, int64_t first, int64_t count, Float (*totals)[kLanes]) const {
-        const T* bias = static_cast<const T*>(p.bias);
-        const Float offset = bias ? load(bias + first, count) : Float{};
-        for (int i = 0; i < kColumns; ++i) {
-            T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
-            store(to, sum_each(totals[i]) + offset, count);
         }
     }
 };

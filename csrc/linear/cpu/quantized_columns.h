@@ -63,7 +63,8 @@ class QuantizedColumns {
                     add_rows<count>(rows, column, totals, lane);
                 }
                 with_type(p.dtype, [&](auto* t) {
-                    store_rows<std::remove_pointer_t<decltype(t)>>(column, count, first, end, totals);
+                    store_totals<std::remove_pointer_t<decltype(t)>>(p, column, count, first,
+                                                                     std::min<int64_t>(kLanes, end - first), totals);
                 });
             });
         }
@@ -120,17 +121,6 @@ class QuantizedColumns {
 #pragma GCC unroll 4
                 for (int row = 0; row < kRows; ++row) sums[row][column][vector % kSlots] += elements[row] * factor;
             }
-        }
-    }
-
-    template <class T>
-    void store_rows(int64_t column, int64_t columns, int64_t first, int64_t end, Float (*totals)[kLanes]) const {
-        const T* bias = static_cast<const T*>(p.bias);
-        const int64_t count = std::min<int64_t>(kLanes, end - first);
-        const Float offset = bias ? load(bias + first, count) : Float{};
-        for (int64_t i = 0; i < columns; ++i) {
-            T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
-            store(to, sum_each(totals[i]) + offset, count);
         }
     }
 };

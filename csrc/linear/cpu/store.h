@@ -7,6 +7,19 @@
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
+// `count` rows of y^T from `first` on, kLanes at most, of `columns` columns: totals[column][row] lie across lanes, and
+// are added up with their bias.
+template <class T>
+[[gnu::always_inline]] inline void store_totals(const Product& p, int64_t column, int64_t columns, int64_t first,
+                                                int64_t count, Float (*totals)[kLanes]) {
+    const T* bias = static_cast<const T*>(p.bias);
+    const Float offset = bias ? load(bias + first, count) : Float{};
+    for (int64_t i = 0; i < columns; ++i) {
+        T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
+        store(to, sum_each(totals[i]) + offset, count);
+    }
+}
+
 // A panel of sums, rows of kPanel columns: `rows` of y^T, with their bias, and up to kPanel `columns` of it.
 template <class T>
 void store_panel_transposed(const Product& p, const float* sums, Range rows, Range columns) {

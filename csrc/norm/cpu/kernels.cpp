@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "../../cpu/past_cache.h"
-#include "../../cpu/vector.h"
+#include "../../cpu/two.h"
 
 namespace nearpeak::norm::NEARPEAK_ISA {
 

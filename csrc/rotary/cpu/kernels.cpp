@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../../cpu/vector.h"
+#include "../../cpu/two.h"
 
 namespace nearpeak::rotary::NEARPEAK_ISA {
 

@@ -200,15 +200,17 @@ def _blocks_backward_shapes(
 
 def _check_blocks(query, key, value, block_starts, block_entries, block_bits, *options):
     _check_forward(query, key, value, *options)
-    tables = block_starts, block_entries, block_bits
-    block_masks.check(block_masks.BlockMask(*tables, query.shape[2], key.shape[2]), query, key)
+    _check_tables(query, key, block_starts, block_entries, block_bits)
 
 
 def _check_blocks_backward(
     grad_out, grad_lse, query, key, value, out, lse, block_starts, block_entries, block_bits, *options
 ):
     _check_backward(grad_out, grad_lse, query, key, value, out, lse, *options)
-    tables = block_starts, block_entries, block_bits
+    _check_tables(query, key, block_starts, block_entries, block_bits)
+
+
+def _check_tables(query, key, *tables):
     block_masks.check(block_masks.BlockMask(*tables, query.shape[2], key.shape[2]), query, key)
 
 
