@@ -60,6 +60,10 @@ def quantized_operands(bits=8, symmetric=True):
     return randn(2, 4, 64), nearpeak.quantize_weight(randn(3, 64, seed=1), bits, 32, symmetric), randn(3, seed=2)
 
 
+def epilogue_operands():
+    return *linear_operands(), randn(2, 4, 3, seed=3)
+
+
 def leaves(*tensors):
     return tuple(t.requires_grad_() for t in tensors)
 
@@ -146,6 +150,19 @@ SAMPLES = {
     "packed_gated_activation_backward": [(X, PACKED, 4, True)],
     "linear": [leaves(*linear_operands()), (*leaves(*linear_operands()[:2]), None)],
     "linear_inference": [tuple(t.bfloat16() for t in linear_operands()), (X.transpose(0, 1), randn(3, 17), None)],
+    "linear_epilogue": [
+        (*leaves(*epilogue_operands()), 1, True),
+        (*leaves(*linear_operands()), None, 4, True),
+        (*leaves(*epilogue_operands()), None, False),
+    ],
+    "linear_epilogue_inference": [(*(t.bfloat16() for t in epilogue_operands()), 2, False)],
+    "quantized_linear_epilogue": [
+        (*_quantized(leaves), *leaves(epilogue_operands()[3]), 1, True),
+        (*_quantized(leaves, bits=4, symmetric=False), None, 0, True),
+    ],
+    "quantized_linear_epilogue_inference": [
+        (*_quantized(lambda x, bias: (x.bfloat16(), None)), epilogue_operands()[3].bfloat16(), None, False)
+    ],
     "quantized_linear": [_quantized(leaves), _quantized(lambda x, bias: (*leaves(x), None), bits=4, symmetric=False)],
     "quantized_linear_inference": [_quantized(lambda x, bias: (x.bfloat16().transpose(0, 1), None), bits=4)],
     "linear_input_gradient": [(randn(2, 4, 5), randn(5, 17)), (randn(5, 4).T, randn(5, 17))],
@@ -227,6 +244,11 @@ LAYERS = {
     "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
     "swiglu_packed": Layer(nearpeak.swiglu, (PACKED,), (1,)),
     "linear": Layer(nearpeak.linear, linear_operands(), (1, None, None)),
+    "linear_epilogue": Layer(
+        lambda x, weight, residual: nearpeak.linear(x, weight, activation="silu", residual=residual),
+        (*linear_operands()[:2], epilogue_operands()[3]),
+        (1, None, 1),
+    ),
     "QuantizedLinear": Layer(
         nearpeak.nn.QuantizedLinear.from_weight(*quantized_operands(bits=4)[1:]), quantized_operands()[:1], (1,)
     ),
@@ -374,7 +396,9 @@ def test_activation_checkpointing_changes_nothing(serving, name):
     assert_equal(results(checkpointed, layer.inputs), results(layer.function, layer.inputs))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYERS if name not in ("sdpa", "linear", "QuantizedLinear")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYERS if name not in ("sdpa", "linear", "linear_epilogue", "QuantizedLinear")]
+)
 def test_autocast_leaves_dtypes_alone(serving, name):
     """As it leaves F.rms_norm and eager arithmetic alone; drop-ins for what torch casts have tests of their own."""
     layer = LAYERS[name]
@@ -396,6 +420,8 @@ def sizeable(name):
         return tuple(t.repeat(1, 3000, 1) for t in LAYERS[name].inputs)
     if name == "linear":
         return randn(3, 40, 170), randn(500, 170, seed=1), randn(500, seed=2)
+    if name == "linear_epilogue":
+        return randn(3, 40, 170), randn(500, 170, seed=1), randn(3, 40, 500, seed=2)
     if name == "QuantizedLinear":
         return (randn(3, 200, 64),)
     if "rotary" in name:
@@ -437,7 +463,7 @@ def test_python_threads_may_call_at_once(serving):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for name, mine in pool.map(call, [*LAYERS] * 6):
             # torch's own products depend on where in memory their operands lie.
-            if serving != "reference" or name not in ("linear", "QuantizedLinear"):
+            if serving != "reference" or name not in ("linear", "linear_epilogue", "QuantizedLinear"):
                 assert_equal(mine, expected[name])
 
 

@@ -38,6 +38,11 @@ SHAPES = {
     "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
     "apply_rotary_partial": [{**HEADS, "sequence": 7}],
     "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
+    "linear_epilogue": [
+        {"rows": rows, "inputs": 77, "outputs": 53, "activation": activation, "residual": residual}
+        for rows in (5, 64)
+        for activation, residual in (("gelu", True), ("gelu", False), (None, True))
+    ],
     "quantized_linear": [
         {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (1, 5, 64) for bits in (8, 4)
     ],

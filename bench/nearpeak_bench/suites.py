@@ -17,6 +17,7 @@ from . import (
     feedforward,
     layer_norm,
     linear,
+    linear_epilogue,
     norm,
     overhead,
     quantized_linear,
@@ -31,7 +32,7 @@ SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
-    "linear": linear.CASES + quantized_linear.CASES,
+    "linear": linear.CASES + linear_epilogue.CASES + quantized_linear.CASES,
     "attention": attention.CASES + attention_terms.CASES + attention_blocks.CASES,
     "overhead": overhead.CASES,
 }

@@ -2,10 +2,12 @@
 
 import nearpeak
 import pytest
+import test_linear_epilogue as epilogues
 import test_quantized_linear as quantized
 import torch
 from draws import assert_as_exact
 from inputs import DTYPES
+from nearpeak.activations import NAMES
 from nearpeak.linear import triton_quantized
 from test_quantized_linear import Case
 
@@ -67,3 +69,19 @@ def test_gradients_reach_x():
     leaf = x.clone().requires_grad_()
     nearpeak.quantized_linear(leaf, weight, bias).sum().backward()
     torch.testing.assert_close(leaf.grad, weight.dequantize().sum(0).expand_as(x))
+
+
+# More than one tile, and what each part of an epilogue is without the others.
+EPILOGUES = [
+    *(epilogues.Case(rows=(3,), activation=name, bits=8) for name in NAMES),
+    epilogues.Case(rows=(17,), outputs=33, activation="silu", bits=4),
+    epilogues.Case(rows=(2, 3), activation=None, bits=8, bias=False),
+    epilogues.Case(rows=(), residual=False, bits=8),
+]
+
+
+@pytest.mark.parametrize("case", EPILOGUES, ids=epilogues.case_name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogues_and_their_gradients(dtype, case):
+    draws = epilogues.draws_of(case, dtype)[:16]
+    assert_as_exact(epilogues.results_of(epilogues.served, case, draws), epilogues.standards_of(case, draws))

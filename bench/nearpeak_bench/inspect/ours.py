@@ -4,6 +4,7 @@ import itertools
 
 import torch
 from nearpeak import triton_launch
+from nearpeak.activations import KINDS
 from nearpeak.attention import triton_attention
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
@@ -86,19 +87,27 @@ def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) 
 
 
 def quantized_linear_case(
-    rows: int, dtype: torch.dtype, bits: int, group_size: int = 64, symmetric: bool = True, bias: bool = False
+    rows: int,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int = 64,
+    symmetric: bool = True,
+    bias: bool = False,
+    activation: str | None = None,
 ) -> Case:
-    """Of Llama 3 8B's 4096 x 4096; rows: of x."""
+    """Of Llama 3 8B's 4096 x 4096; rows: of x; activation: with a residual behind it and what it is of before it."""
     width, columns = 4096, 4096
     x = _empty(rows, width, dtype=dtype)
     codes = _empty(columns, width * bits // 8, dtype=torch.uint8)
     scales = _empty(columns, width // group_size, dtype=torch.float32)
     zeros = None if symmetric else _empty(*scales.shape, dtype=torch.uint8)
     offsets = _empty(columns, dtype=dtype) if bias else None
-    options = f"{' zeros' * (not symmetric)}{' bias' * bias}"
+    residual = None if activation is None else _empty(rows, columns, dtype=dtype)
+    epilogue = residual, None if activation is None else KINDS[activation], activation is not None
+    options = f"{' zeros' * (not symmetric)}{' bias' * bias}{'' if activation is None else f' {activation}'}"
     return Case(
         f"quantized_linear {bits} bits in {group_size} {_name(dtype)} {rows} rows{options}",
-        lambda: triton_quantized.quantized_linear(x, codes, scales, zeros, offsets, bits),
+        lambda: triton_quantized.quantized_linear_epilogue(x, codes, scales, zeros, offsets, bits, *epilogue),
         matrix=dtype.itemsize == 2,
     )
 

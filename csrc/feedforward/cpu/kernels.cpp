@@ -7,10 +7,13 @@
 
 #include <type_traits>
 
+#include "../../cpu/activations.h"
 #include "../../cpu/two.h"
-#include "activations.h"
 
 namespace nearpeak::feedforward::NEARPEAK_ISA {
+
+using namespace nearpeak::NEARPEAK_ISA;
+
 namespace {
 
 template <class F>
@@ -67,25 +70,6 @@ template <class T, class F, bool kGated>
         }
         store(d_x + i, g * slope, lanes);
     });
-}
-
-// Calls function(F{}) with the activation's type.
-template <class Function>
-void with_activation(Activation activation, Function function) {
-    switch (activation) {
-        case Activation::relu:
-            return function(Relu{});
-        case Activation::gelu:
-            return function(Gelu{});
-        case Activation::gelu_tanh:
-            return function(GeluTanh{});
-        case Activation::quick_gelu:
-            return function(QuickGelu{});
-        case Activation::silu:
-            return function(Silu{});
-        case Activation::relu_squared:
-            return function(ReluSquared{});
-    }
 }
 
 void forward(const Call& c, int64_t row, int64_t begin, int64_t end) {

@@ -4,14 +4,12 @@
 
 #include <cstdint>
 
+#include "../../cpu/activation.h"
 #include "../../cpu/dtype.h"
 #include "../../cpu/isa.h"
 #include "../../cpu/rows.h"
 
 namespace nearpeak::feedforward {
-
-// As in kernels/nearpeak/feedforward/operator.py.
-enum class Activation { relu, gelu, gelu_tanh, quick_gelu, silu, relu_squared };
 
 // Rows of `width` elements; a call may be cut into columns as well. Pointers that a call does not need are null.
 struct Call {

@@ -13,8 +13,6 @@ const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
 // Columns that one step of a row takes at most, and elements that are worth a thread: waking one costs about 5 us.
 constexpr int64_t kColumns = 16384, kElementsPerThread = 16384;
 
-bool is_activation(int64_t number) { return number >= 0 && number <= static_cast<int64_t>(Activation::relu_squared); }
-
 bool is_input(const Tensor& x, int64_t activation) { return is_activation(activation) && x.dim() > 0 && x.is_cpu(); }
 
 // One row where all tensors are contiguous: then a step takes as many columns as it likes.

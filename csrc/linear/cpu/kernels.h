@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../cpu/activation.h"
 #include "../../cpu/dtype.h"
 #include "../../cpu/isa.h"
 #include "../../cpu/rows.h"
@@ -39,7 +40,7 @@ constexpr int64_t kCodeBlock = 32;
 //     d_W  = d_y^T x     d_y, transposed x                           rows of x
 //
 // Forward computes y^T: elements of `left` are broadcast, and so the weight, the largest of the three, need not be
-// transposed in memory.
+// transposed in memory. There `out` may have an epilogue:  activation(before) + residual,  `before` the sum above.
 struct Product {
     const void* left;            // or null, where there is
     const Quantized* quantized;  // a quantised one, or null
@@ -49,6 +50,13 @@ struct Product {
     Matrix left_matrix, right_matrix, out_matrix;
     int64_t rows, columns, steps;
     Dtype dtype;
+
+    const Activation* activation;  // or null
+    const void* residual;          // or null; its rows are y's
+    Rows residual_rows;
+    void* before;  // where it goes, laid out as `out`, or null
+
+    bool has_epilogue() const { return activation || residual || before; }
 };
 
 // A part of `out`.

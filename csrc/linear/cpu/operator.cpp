@@ -1,5 +1,7 @@
 // The CPU kernels of the operators that kernels/nearpeak/linear/operator.py defines: cuts a product into blocks.
 
+#include <tuple>
+
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "kernels.h"
@@ -116,14 +118,63 @@ bool is_weight_of(const Tensor& weight, const Tensor& x) {
     return x.dim() > 0 && x.is_cpu() && weight.dim() == 2 && same_kind(weight, x) && weight.size(1) == x.sizes().back();
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    require(is_weight_of(weight, x) && is_bias_of(bias, x, weight.size(0)), "linear");
+// What an operator with an epilogue is given beyond the others, and its second output.
+struct Epilogue {
+    std::optional<Activation> activation;
+    std::optional<RowsOf> residual;
+    Tensor before;
+
+    Epilogue(const Tensor& x, int64_t features, const std::optional<Tensor>& its_residual, std::optional<int64_t> kind,
+             bool keep)
+        : before(keep ? empty_with_width(x, features) : empty_like_dtype(x, {0})) {
+        if (kind) activation = static_cast<Activation>(*kind);
+        if (its_residual && its_residual->numel() > 0) residual.emplace(*its_residual);
+    }
+
+    void add_to(Product& p) const {
+        p.activation = activation ? &*activation : nullptr;
+        if (residual) {
+            p.residual = residual->data();
+            p.residual_rows = residual->rows;
+        }
+        p.before = before.numel() > 0 ? before.mutable_data_ptr() : nullptr;
+    }
+};
+
+bool is_epilogue_of(const std::optional<Tensor>& residual, std::optional<int64_t> activation, const Tensor& x,
+                    int64_t features) {
+    if (activation && !is_activation(*activation)) return false;
+    if (!residual) return true;
+    const auto sizes = x.sizes(), others = residual->sizes();
+    return same_kind(*residual, x) && sizes.size() == others.size() &&
+           std::equal(sizes.begin(), sizes.end() - 1, others.begin()) && others.back() == features;
+}
+
+bool is_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    return is_weight_of(weight, x) && is_bias_of(bias, x, weight.size(0));
+}
+
+Tensor run_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Epilogue* epilogue) {
     Tensor y = empty_with_width(x, weight.size(0));
     if (y.numel() == 0) return y;
     const std::optional<Tensor> dense_bias = made_dense(bias);
     Product p = forward_product(weight.size(0), weight.size(1), x, dense_bias);
+    if (epilogue) epilogue->add_to(p);
     run(p, RowsOf(weight), RowsOf(x), y);
     return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    require(is_linear(x, weight, bias), "linear");
+    return run_linear(x, weight, bias, nullptr);
+}
+
+std::tuple<Tensor, Tensor> linear_epilogue(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const std::optional<Tensor>& residual, std::optional<int64_t> activation,
+                                           bool keep) {
+    require(is_linear(x, weight, bias) && is_epilogue_of(residual, activation, x, weight.size(0)), "linear_epilogue");
+    const Epilogue epilogue(x, weight.size(0), residual, activation, keep);
+    return {run_linear(x, weight, bias, &epilogue), epilogue.before};
 }
 
 bool is_matrix(const Tensor& tensor, torch::headeronly::ScalarType dtype, int64_t rows, int64_t columns) {
@@ -142,10 +193,9 @@ bool is_quantized_weight_of(const Tensor& codes, const Tensor& scales, const std
            (!zeros || is_matrix(*zeros, ScalarType::Byte, rows, groups));
 }
 
-Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                        const std::optional<Tensor>& bias, int64_t bits) {
-    require(is_quantized_weight_of(codes, scales, zeros, bits, x) && is_bias_of(bias, x, codes.size(0)),
-            "quantized_linear");
+Tensor run_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                            const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t bits,
+                            const Epilogue* epilogue) {
     Tensor y = empty_with_width(x, codes.size(0));
     if (y.numel() == 0) return y;
     const Tensor dense_codes = made_contiguous(codes), dense_scales = made_contiguous(scales);
@@ -159,8 +209,32 @@ Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scal
     };
     Product p = forward_product(codes.size(0), x.sizes().back(), x, dense_bias);
     p.quantized = &quantized;
+    if (epilogue) epilogue->add_to(p);
     run(p, RowsOf(x), y);
     return y;
+}
+
+bool is_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
+                         const std::optional<Tensor>& bias, int64_t bits) {
+    return is_quantized_weight_of(codes, scales, zeros, bits, x) && is_bias_of(bias, x, codes.size(0));
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
+                        const std::optional<Tensor>& bias, int64_t bits) {
+    require(is_quantized_linear(x, codes, scales, zeros, bias, bits), "quantized_linear");
+    return run_quantized_linear(x, codes, scales, zeros, bias, bits, nullptr);
+}
+
+std::tuple<Tensor, Tensor> quantized_linear_epilogue(const Tensor& x, const Tensor& codes, const Tensor& scales,
+                                                     const std::optional<Tensor>& zeros,
+                                                     const std::optional<Tensor>& bias, int64_t bits,
+                                                     const std::optional<Tensor>& residual,
+                                                     std::optional<int64_t> activation, bool keep) {
+    require(is_quantized_linear(x, codes, scales, zeros, bias, bits) &&
+                is_epilogue_of(residual, activation, x, codes.size(0)),
+            "quantized_linear_epilogue");
+    const Epilogue epilogue(x, codes.size(0), residual, activation, keep);
+    return {run_quantized_linear(x, codes, scales, zeros, bias, bits, &epilogue), epilogue.before};
 }
 
 Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight) {
@@ -200,8 +274,12 @@ Tensor linear_weight_gradient(const Tensor& grad, const Tensor& x) {
 STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("linear", TORCH_BOX(&linear));
     library.impl("linear_inference", TORCH_BOX(&linear));
+    library.impl("linear_epilogue", TORCH_BOX(&linear_epilogue));
+    library.impl("linear_epilogue_inference", TORCH_BOX(&linear_epilogue));
     library.impl("quantized_linear", TORCH_BOX(&quantized_linear));
     library.impl("quantized_linear_inference", TORCH_BOX(&quantized_linear));
+    library.impl("quantized_linear_epilogue", TORCH_BOX(&quantized_linear_epilogue));
+    library.impl("quantized_linear_epilogue_inference", TORCH_BOX(&quantized_linear_epilogue));
     library.impl("linear_input_gradient", TORCH_BOX(&linear_input_gradient));
     library.impl("linear_weight_gradient", TORCH_BOX(&linear_weight_gradient));
 }

@@ -1,8 +1,9 @@
-// y^T leaves scratch memory as rows of y.
+// y^T leaves scratch memory as rows of y, through its epilogue where there is one.
 #pragma once
 
 #include <algorithm>
 
+#include "epilogue.h"
 #include "pack.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
@@ -14,6 +15,7 @@ template <class T>
                                                 int64_t count, Float (*totals)[kLanes]) {
     const T* bias = static_cast<const T*>(p.bias);
     const Float offset = bias ? load(bias + first, count) : Float{};
+    if (p.has_epilogue()) return store_totals_with_epilogue<T>(p, column, columns, first, count, totals, offset);
     for (int64_t i = 0; i < columns; ++i) {
         T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
         store(to, sum_each(totals[i]) + offset, count);
@@ -33,6 +35,12 @@ void store_panel_transposed(const Product& p, const float* sums, Range rows, Ran
             }
             transpose(values);
             const Float offset = bias ? load(bias + rows.begin + row, lanes) : Float{};
+            if (p.has_epilogue()) {
+                Vectors sums_and_bias;
+                for (int64_t lane = 0; lane < kLanes; ++lane) sums_and_bias.of[lane] = values[lane] + offset;
+                return store_with_epilogue<T>(p, sums_and_bias, columns.begin + column, count, rows.begin + row,
+                                              count_of(lanes));
+            }
             for (int64_t lane = 0; lane < count; ++lane) {
                 T* to = static_cast<T*>(p.out) + p.out_matrix.rows(columns.begin + column + lane) + rows.begin;
                 store(to + row, values[lane] + offset, lanes);

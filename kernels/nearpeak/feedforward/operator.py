@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import backends, operators
+from ..activations import KINDS
 from ..checks import check_floating, check_same
 from . import reference
 
@@ -125,7 +126,6 @@ operators.define(
     triton=triton_kernels and triton_kernels.packed_gated_activation_backward,
 )
 
-KINDS = {name: number for number, name in enumerate(reference.NAMES)}
 GELUS = {"none": KINDS["gelu"], "tanh": KINDS["gelu_tanh"], "sigmoid": KINDS["quick_gelu"]}
 
 
@@ -171,7 +171,7 @@ def activation(x, name):
     Args:
         x: any shape of at least one dimension, float32, bfloat16, float16 or float64.
         name: "relu", "gelu" (exact), "gelu_tanh", "quick_gelu", "silu" or "relu_squared"; their formulas and sources
-            are in feedforward/reference.py.
+            are in activations.py.
 
     Returns:
         y, in x's shape and dtype.

@@ -7,48 +7,11 @@ import triton
 import triton.language as tl
 
 from .. import operators, triton_launch
+from ..triton_activations import value_and_slope
 from .reference import halves
 
 THREADS = 128
 BLOCK_BYTES = 2 * THREADS * triton_launch.WIDEST_ACCESS  # two accesses a thread and input hide more latency than one
-
-# As in feedforward/operator.py, which numbers reference.NAMES.
-RELU, GELU, GELU_TANH, QUICK_GELU, SILU = (tl.constexpr(number) for number in range(5))
-
-
-@triton.jit
-def _sigmoid(x):
-    """1 / (1 + e^-x), and what it lacks to 1, in which nothing cancels."""
-    return 1.0 / (1.0 + tl.exp(-x)), 1.0 / (1.0 + tl.exp(x))
-
-
-@triton.jit
-def _value_and_slope(x, KIND: tl.constexpr):
-    """f(x) and f'(x); what a caller does not use costs nothing."""
-    if KIND == RELU:
-        value = tl.where(x <= 0, 0.0, x)
-        slope = tl.where(x <= 0, 0.0, 1.0)
-    elif KIND == GELU:
-        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-        value = x * phi
-        slope = phi + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif KIND == GELU_TANH:
-        s, rest = _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-        value = x * s
-        slope = s + 1.5957691216057308 * x * s * rest * (1.0 + 0.134145 * x * x)
-    elif KIND == QUICK_GELU:
-        s, rest = _sigmoid(1.702 * x)
-        value = x * s
-        slope = s * (1.0 + 1.702 * x * rest)
-    elif KIND == SILU:
-        s, rest = _sigmoid(x)
-        value = x * s
-        slope = s * (1.0 + x * rest)
-    else:
-        positive = tl.where(x <= 0, 0.0, x)
-        value = positive * positive
-        slope = 2.0 * positive
-    return value, slope
 
 
 @triton.jit
@@ -65,7 +28,7 @@ def _forward(
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width_vectors.to(tl.int64) * VECTOR
     x = tl.load(_row(x_ptr, row, x_row, VECTOR) + columns, mask=inside, other=0.0)
-    value, _ = _value_and_slope(x.to(tl.float32), KIND)
+    value, _ = value_and_slope(x.to(tl.float32), KIND)
     if GATED:
         value *= tl.load(_row(up_ptr, row, up_row, VECTOR) + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(_row(y_ptr, row, y_row, VECTOR) + columns, value.to(x.dtype), mask=inside)
@@ -81,7 +44,7 @@ def _backward(
     inside = columns < width_vectors.to(tl.int64) * VECTOR
     x = tl.load(_row(x_ptr, row, x_row, VECTOR) + columns, mask=inside, other=0.0)
     g = tl.load(_row(grad_ptr, row, grad_row, VECTOR) + columns, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(x.to(tl.float32), KIND)
+    value, slope = value_and_slope(x.to(tl.float32), KIND)
     if GATED:
         up = tl.load(_row(up_ptr, row, up_row, VECTOR) + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(_row(d_up_ptr, row, d_row, VECTOR) + columns, (g * value).to(x.dtype), mask=inside)

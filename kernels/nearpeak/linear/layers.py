@@ -2,20 +2,40 @@
 
 import torch
 
+from .epilogue import kind_of
 from .operator import linear
 from .quantized import quantized_linear
 from .weights import QuantizedWeight, check_options, quantize_weight
 
 
+def _activation_repr(activation):
+    return "" if activation is None else f", activation={activation!r}"
+
+
 class Linear(torch.nn.Linear):
     """`torch.nn.Linear` served by `nearpeak.linear`: same constructor, same state dict, same numbers.
 
-    >>> layer = nearpeak.nn.Linear(640, 2048, dtype=torch.bfloat16)
+    Args:
+        activation: what follows the layer, as `nearpeak.activation` names it; None for nothing.
+        all others: as torch.nn.Linear takes them.
+
+    Raises:
+        ValueError: an activation that is not served.
+
+    >>> layer = nearpeak.nn.Linear(640, 2048, dtype=torch.bfloat16, activation="gelu")
     >>> y = layer(torch.randn(2, 10, 640, dtype=torch.bfloat16))
     """
 
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, activation=None):
+        kind_of(activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _activation_repr(self.activation)
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -28,6 +48,7 @@ class QuantizedLinear(torch.nn.Module):
     Args:
         in_features, out_features, bias, device, dtype: as torch.nn.Linear takes them; dtype is the bias's.
         bits, group_size, symmetric: as `nearpeak.quantize_weight` takes them.
+        activation: as nearpeak.nn.Linear takes it.
 
     Raises:
         ValueError: an option that is not served, or in_features that group_size does not divide.
@@ -37,10 +58,13 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, *, bits=8, group_size=64, symmetric=True, device=None, dtype=None
-    ):
+        self, in_features, out_features, bias=True, *, bits=8, group_size=64, symmetric=True, activation=None,
+        device=None, dtype=None,
+    ):  # fmt: skip
         super().__init__()
         check_options(bits, group_size)
+        kind_of(activation)
+        self.activation = activation
         if in_features <= 0 or in_features % group_size:
             raise ValueError(f"in_features must be a multiple of group_size {group_size}, not {in_features}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
@@ -57,18 +81,21 @@ class QuantizedLinear(torch.nn.Module):
     def from_linear(
         cls, module: torch.nn.Linear, bits: int = 8, group_size: int = 64, symmetric: bool = True
     ) -> "QuantizedLinear":
-        """The layer with module's weight quantised, and its own bias.
+        """The layer with module's weight quantised, its own bias, and its activation if it is a nearpeak.nn.Linear.
 
         Raises what `nearpeak.quantize_weight` raises.
         """
-        return cls.from_weight(quantize_weight(module.weight, bits, group_size, symmetric), module.bias)
+        activation = module.activation if isinstance(module, Linear) else None
+        return cls.from_weight(quantize_weight(module.weight, bits, group_size, symmetric), module.bias, activation)
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> "QuantizedLinear":
+    def from_weight(
+        cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, activation: str | None = None
+    ) -> "QuantizedLinear":
         """The layer of a weight that is quantised already; tensors are shared, not copied."""
         layer = cls(
             weight.in_features, weight.out_features, bits=weight.bits, group_size=weight.group_size,
-            symmetric=weight.zeros is None, bias=bias is not None, device="meta",
+            symmetric=weight.zeros is None, activation=activation, bias=bias is not None, device="meta",
         )  # fmt: skip
         layer.codes, layer.scales, layer.zeros, _ = weight
         if bias is not None:
@@ -92,10 +119,11 @@ class QuantizedLinear(torch.nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(x, self.weight, self.bias)
+        return quantized_linear(x, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.zeros is None}"
+            + _activation_repr(self.activation)
         )

@@ -8,7 +8,7 @@ import torch
 
 from .. import backends, operators
 from ..checks import check_floating, check_same_kind
-from . import reference
+from . import epilogue, reference
 
 KERNELS = ("cpu",)
 ZEN_5 = 26
@@ -81,6 +81,11 @@ def _check(x, weight, bias):
             raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
 
 
+def _check_epilogue(x, weight, bias, residual, activation, keep):
+    _check(x, weight, bias)
+    epilogue.check(x, weight.shape[0], residual, activation)
+
+
 def _check_input_gradient(grad, weight):
     check_floating("grad", grad)
     check_same_kind("weight", weight, "grad", grad)
@@ -116,6 +121,25 @@ def _gradient(ctx, grad):
     )
 
 
+def _save_epilogue(ctx, inputs, output):
+    x, weight, _, _, activation, _ = inputs
+    epilogue.save(ctx, output, activation, x, weight)
+
+
+def _epilogue_gradient(ctx, grad, _):
+    before, x, weight = ctx.saved_tensors
+    for_x, for_weight, for_bias, for_residual, *_ = ctx.needs_input_grad
+    inner = epilogue.gradient_of_product(grad, before, ctx.activation)
+    return (
+        torch.ops.nearpeak.linear_input_gradient(inner, weight) if for_x else None,
+        torch.ops.nearpeak.linear_weight_gradient(inner, x) if for_weight else None,
+        torch.ops.nearpeak.linear_bias_gradient(inner) if for_bias else None,
+        grad if for_residual else None,
+        None,
+        None,
+    )
+
+
 operators.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     check=_check,
@@ -123,6 +147,15 @@ operators.define(
     shapes=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     backward=_gradient,
     setup_context=_save,
+)
+operators.define(
+    "linear_epilogue(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int? activation, bool keep) "
+    "-> (Tensor, Tensor)",
+    check=_check_epilogue,
+    reference=reference.linear_epilogue,
+    shapes=lambda x, weight, bias, residual, activation, keep: epilogue.shapes(x, weight.shape[0], keep),
+    backward=_epilogue_gradient,
+    setup_context=_save_epilogue,
 )
 operators.define(
     "linear_input_gradient(Tensor grad, Tensor weight) -> Tensor",
@@ -147,31 +180,41 @@ operators.define(
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.
 _linear = torch.ops.nearpeak.linear.default
 _linear_inference = torch.ops.nearpeak.linear_inference.default
+_epilogue = torch.ops.nearpeak.linear_epilogue.default
+_epilogue_inference = torch.ops.nearpeak.linear_epilogue_inference.default
 
 
-def linear(x, weight, bias=None):
-    """A linear layer: y = x weight^T + bias.
+def linear(x, weight, bias=None, *, activation=None, residual=None):
+    """A linear layer, and what follows it: y = f(x weight^T + bias) + residual.
 
-    Sums are float32 whatever the dtype, and y is rounded once. Calls on GPUs, and of many rows in dtypes for which
-    torch has a tuned library on this CPU, go to torch's own function, and `nearpeak.explain` says so.
+    Sums are float32 whatever the dtype; f and residual are applied to them, and y is rounded once. Calls on GPUs, and
+    of many rows in dtypes for which torch has a tuned library on this CPU, go to torch's own function, with f and
+    residual after it, and `nearpeak.explain` says so.
 
     Args:
         x: (..., in_features), float32, bfloat16, float16 or float64; any strides (a dense last dimension is read
             without a copy).
         weight: (out_features, in_features), x's dtype.
         bias: (out_features,), x's dtype; None for none.
+        activation: the name of f, as `nearpeak.activation` takes it; None: f(x) = x.
+        residual: (..., out_features), x's dtype, any strides; added last. Under torch.autocast of any dtype, as a sum
+            of its own would have it.
 
     Returns:
         y, (..., out_features), in x's dtype, contiguous. Under torch.autocast as torch's own function.
+        With gradients and an activation, what the activation is of is kept for backward beside x and weight.
 
     Raises:
-        TypeError: a dtype that is not served. ValueError: a shape or device that does not fit.
+        TypeError: a dtype that is not served. ValueError: a shape, device or activation that does not fit.
 
     Tiling: Goto and van de Geijn 2008, https://doi.org/10.1145/1356052.1356053.
 
     >>> x, weight = torch.randn(4, 640, dtype=torch.bfloat16), torch.randn(2048, 640, dtype=torch.bfloat16)
     >>> y = nearpeak.linear(x, weight)
+    >>> y = nearpeak.linear(x, weight, activation="gelu", residual=y)
     """
+    if activation is not None or residual is not None:
+        return _with_epilogue(x, weight, bias, activation, residual)
     try:
         # On other devices torch's own function sees to it.
         if x.is_cpu and torch.is_autocast_enabled("cpu"):
@@ -189,4 +232,29 @@ def linear(x, weight, bias=None):
         return (_linear if recorded else _linear_inference)(x, weight, bias)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         _check(x, weight, bias)
+        raise
+
+
+def _with_epilogue(x, weight, bias, activation, residual):
+    kind = epilogue.kind_of(activation)
+    arguments = x, weight, bias, residual, kind, False
+    try:
+        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            x, weight, bias = operators.autocast(x), operators.autocast(weight), operators.autocast(bias)
+            if residual is not None and residual.dtype is not x.dtype:
+                return linear(x, weight, bias, activation=activation) + residual
+        arguments = x, weight, bias, residual, kind, False
+        if backends.reference_serves(x, kernels=KERNELS):
+            _check_epilogue(*arguments)
+            return reference.linear_epilogue(*arguments)[0]
+        recorded = operators.wants_gradient(x, weight, bias) or operators.wants_gradient(residual)
+        if (why := _why_torch_serves(x, weight, recorded)) is not None:
+            _check_epilogue(*arguments)
+            backends.because(f"{why}, and what follows it after that")
+            return epilogue.follow(torch.nn.functional.linear(x, weight, bias), kind, residual)
+        if recorded:
+            return _epilogue(x, weight, bias, residual, kind, kind is not None)[0]
+        return _epilogue_inference(*arguments)[0]
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        _check_epilogue(*arguments)
         raise

@@ -7,7 +7,7 @@ import torch
 
 from .. import backends, operators
 from ..checks import check_floating, check_same, check_same_kind
-from . import reference
+from . import epilogue, reference
 from .weights import BITS, GROUP_SIZES, QuantizedWeight, dequantized
 
 if backends.missing("triton") is None:
@@ -50,20 +50,40 @@ def _check(x, codes, scales, zeros, bias, bits):
             raise ValueError(f"bias must have shape {tuple(codes.shape[:1])}, not {tuple(bias.shape)}")
 
 
+def _check_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
+    _check(x, codes, scales, zeros, bias, bits)
+    epilogue.check(x, codes.shape[0], residual, activation)
+
+
 def _save(ctx, inputs, output):
     _, codes, scales, zeros, _, ctx.bits = inputs
     ctx.save_for_backward(codes, scales, zeros)
 
 
+def _input_gradient(grad, codes, scales, zeros, bits):
+    dtype = operators.accumulation_dtype(grad.dtype)
+    weight = dequantized(codes, scales, zeros, bits, dtype).to(grad.dtype)
+    return torch.ops.nearpeak.linear_input_gradient(grad, weight)
+
+
 def _gradient(ctx, grad):
-    codes, scales, zeros = ctx.saved_tensors
-    d_x = None
-    if ctx.needs_input_grad[0]:
-        dtype = operators.accumulation_dtype(grad.dtype)
-        weight = dequantized(codes, scales, zeros, ctx.bits, dtype).to(grad.dtype)
-        d_x = torch.ops.nearpeak.linear_input_gradient(grad, weight)
+    d_x = _input_gradient(grad, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[0] else None
     d_bias = torch.ops.nearpeak.linear_bias_gradient(grad) if ctx.needs_input_grad[4] else None
     return d_x, None, None, None, d_bias, None
+
+
+def _save_epilogue(ctx, inputs, output):
+    _, codes, scales, zeros, _, ctx.bits, _, activation, _ = inputs
+    epilogue.save(ctx, output, activation, codes, scales, zeros)
+
+
+def _epilogue_gradient(ctx, grad, _):
+    before, *weight = ctx.saved_tensors
+    inner = epilogue.gradient_of_product(grad, before, ctx.activation)
+    d_x = _input_gradient(inner, *weight, ctx.bits) if ctx.needs_input_grad[0] else None
+    d_bias = torch.ops.nearpeak.linear_bias_gradient(inner) if ctx.needs_input_grad[4] else None
+    d_residual = grad if ctx.needs_input_grad[6] else None
+    return d_x, None, None, None, d_bias, None, d_residual, None, None
 
 
 operators.define(
@@ -75,14 +95,26 @@ operators.define(
     backward=_gradient,
     setup_context=_save,
 )
+operators.define(
+    "quantized_linear_epilogue(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
+    "Tensor? residual, int? activation, bool keep) -> (Tensor, Tensor)",
+    check=_check_epilogue,
+    reference=reference.quantized_linear_epilogue,
+    triton=triton_kernels and triton_kernels.quantized_linear_epilogue,
+    shapes=lambda x, codes, *others: epilogue.shapes(x, codes.shape[0], others[-1]),
+    backward=_epilogue_gradient,
+    setup_context=_save_epilogue,
+)
 
 # Looked up once: each attribute of torch.ops costs 0.1 us a call.
 _quantized_linear = torch.ops.nearpeak.quantized_linear.default
 _quantized_linear_inference = torch.ops.nearpeak.quantized_linear_inference.default
+_epilogue = torch.ops.nearpeak.quantized_linear_epilogue.default
+_epilogue_inference = torch.ops.nearpeak.quantized_linear_epilogue_inference.default
 
 
-def quantized_linear(x, weight, bias=None):
-    """A linear layer with a quantised weight: y = x dequantize(weight)^T + bias.
+def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
+    """A linear layer with a quantised weight, and what follows it: y = f(x dequantize(weight)^T + bias) + residual.
 
     The weight is read in its 8 or 4 bits and widened in registers. Of bfloat16 and many rows, processors with units for
     it multiply the weight rounded to bfloat16; else it is not rounded. Sums are float32, and y is rounded once.
@@ -92,14 +124,15 @@ def quantized_linear(x, weight, bias=None):
             without a copy).
         weight: QuantizedWeight, from `nearpeak.quantize_weight` or `nearpeak.read_gguf`, on x's device.
         bias: (out_features,), x's dtype; None for none.
+        activation, residual: as `nearpeak.linear` takes them.
 
     Returns:
         y, (..., out_features), in x's dtype, contiguous. Under torch.autocast as torch.nn.functional.linear.
-        Gradients reach x and bias.
+        Gradients reach x, bias and residual.
 
     Raises:
-        TypeError: a dtype that is not served, or a weight that is not a QuantizedWeight. ValueError: a shape or device
-        that does not fit.
+        TypeError: a dtype that is not served, or a weight that is not a QuantizedWeight. ValueError: a shape, device
+        or activation that does not fit.
 
     Source: weights in groups, products in floating point, as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323.
 
@@ -108,15 +141,31 @@ def quantized_linear(x, weight, bias=None):
     """
     if not isinstance(weight, QuantizedWeight):
         raise TypeError(f"weight must be a nearpeak.QuantizedWeight, not {type(weight).__name__}")
-    codes, scales, zeros, bits = weight
+    kind = epilogue.kind_of(activation)
+    arguments = x, *weight[:3], bias, weight.bits
     try:
         if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
             x, bias = operators.autocast(x), operators.autocast(bias)
+            if residual is not None and residual.dtype is not x.dtype:
+                return quantized_linear(x, weight, bias, activation=activation) + residual
+            arguments = x, *weight[:3], bias, weight.bits
+        if kind is not None or residual is not None:
+            return _with_epilogue(arguments, residual, kind)
         if backends.reference_serves(x, kernels=KERNELS):
-            _check(x, codes, scales, zeros, bias, bits)
-            return reference.quantized_linear(x, codes, scales, zeros, bias, bits)
+            _check(*arguments)
+            return reference.quantized_linear(*arguments)
         call = _quantized_linear if operators.wants_gradient(x, bias) else _quantized_linear_inference
-        return call(x, codes, scales, zeros, bias, bits)
+        return call(*arguments)
     except (AttributeError, IndexError, RuntimeError, TypeError):
-        _check(x, codes, scales, zeros, bias, bits)
+        _check_epilogue(*arguments, residual, kind, False)
         raise
+
+
+def _with_epilogue(arguments, residual, kind):
+    x, bias = arguments[0], arguments[4]
+    if backends.reference_serves(x, kernels=KERNELS):
+        _check_epilogue(*arguments, residual, kind, False)
+        return reference.quantized_linear_epilogue(*arguments, residual, kind, False)[0]
+    if operators.wants_gradient(x, bias) or operators.wants_gradient(residual):
+        return _epilogue(*arguments, residual, kind, kind is not None)[0]
+    return _epilogue_inference(*arguments, residual, kind, False)[0]

@@ -1,6 +1,7 @@
 """Linear layers with quantised weights on the GPU: the operator of linear/quantized.py by a Triton kernel.
 
-    y[m, n] = bias[n] + sum over groups g of scale[n, g] * sum over k in g of x[m, k] (code[n, k] - zero[n, g])
+    p[m, n] = bias[n] + sum over groups g of scale[n, g] * sum over k in g of x[m, k] (code[n, k] - zero[n, g])
+    y[m, n] = f(p[m, n]) + residual[m, n]
 
 One step of the inner loop is a group, or a part of it. Differences of codes are whole numbers of at most 8 bits and a
 sign, which bfloat16 and float16 hold exactly: matrix instructions multiply them with x as they are, no weight is
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 
 from .. import triton_launch
+from ..triton_activations import value_and_slope
+from .epilogue import shapes
 from .weights import CODE_BLOCK
 
 
@@ -68,9 +71,10 @@ def _products(x_ptr, codes_ptr, zero, inside_rows, inside_columns, BITS: tl.cons
 
 @triton.jit(do_not_specialize=["rows", "columns", "groups", "x_row"])
 def _forward(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, y_ptr, rows, columns, groups, x_row,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, before_ptr, y_ptr, rows, columns, groups, x_row,
     BITS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, VECTOR: tl.constexpr, ZEROS: tl.constexpr,
-    BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr, BEFORE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
     column = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
@@ -93,28 +97,40 @@ def _forward(
         codes_at += STEPS * BITS // 8
     if BIAS:
         sums += tl.load(bias_ptr + column, mask=inside_columns, other=0.0).to(tl.float32)[None, :]
-    y_at = y_ptr + row[:, None] * columns + column[None, :]
-    tl.store(y_at, sums.to(y_ptr.dtype.element_ty), mask=inside_rows & inside_columns[None, :])
+    at, inside = row[:, None] * columns + column[None, :], inside_rows & inside_columns[None, :]
+    if BEFORE:
+        tl.store(before_ptr + at, sums.to(before_ptr.dtype.element_ty), mask=inside)
+    if ACTIVATION is not None:
+        sums, _ = value_and_slope(sums, ACTIVATION)
+    if RESIDUAL:
+        sums += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def quantized_linear(x, codes, scales, zeros, bias, bits):
     """y = x W^T + bias, (..., out_features), for x (..., in_features)."""
+    return quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, None, None, False)[0]
+
+
+def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
+    """y = f(x W^T + bias) + residual, and with `keep` what f is of."""
     columns, groups = scales.shape
-    y = x.new_empty(*x.shape[:-1], columns)
+    y, before = shapes(x, columns, keep)
     if y.numel() == 0:
-        return y
+        return y, before
     matrix = x.reshape(-1, x.shape[-1])
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     codes, scales = codes.contiguous(), scales.contiguous()
     rows, group = matrix.shape[0], x.shape[-1] // groups
     tile = tile_of(rows, x.element_size())
     vector = triton_launch.vector_length(x.element_size(), matrix.stride(0))
+    zeros, bias, residual = (None if each is None else each.contiguous() for each in (zeros, bias, residual))
     with triton_launch.on(x.device):
         _forward[(triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows))](
-            matrix, codes, scales, None if zeros is None else zeros.contiguous(),
-            None if bias is None else bias.contiguous(), y, rows, columns, groups, matrix.stride(0) // vector,
-            BITS=bits, GROUP=group, HALF=CODE_BLOCK // 2, VECTOR=vector, ZEROS=zeros is not None,
-            BIAS=bias is not None, M=tile.rows, N=tile.columns, STEPS=min(group, tile.steps),
+            matrix, codes, scales, zeros, bias, residual, before if keep else None, y, rows, columns, groups,
+            matrix.stride(0) // vector, BITS=bits, GROUP=group, HALF=CODE_BLOCK // 2, VECTOR=vector,
+            ZEROS=zeros is not None, BIAS=bias is not None, ACTIVATION=activation, RESIDUAL=residual is not None,
+            BEFORE=keep, M=tile.rows, N=tile.columns, STEPS=min(group, tile.steps),
             num_warps=tile.warps, num_stages=tile.stages, **triton_launch.OPTIONS,
         )  # fmt: skip
-    return y
+    return y, before

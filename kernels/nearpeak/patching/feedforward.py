@@ -41,7 +41,7 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 class Gated(NamedTuple):
     """What a gated layer was found to compute, and what its children are called."""
 
-    activation: str  # the name of f in feedforward/reference.py
+    activation: str  # the name of f in activations.py
     first: tuple[str, ...]
     last: str
     activation_child: str

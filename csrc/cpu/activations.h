@@ -1,11 +1,10 @@
 // The activations and their slopes. Each gives the pair (f(x), f'(x)); what a caller does not use is not computed.
 #pragma once
 
-#include "../../cpu/math.h"
+#include "activation.h"
+#include "math.h"
 
-namespace nearpeak::feedforward::NEARPEAK_ISA {
-
-using namespace nearpeak::NEARPEAK_ISA;
+namespace nearpeak::NEARPEAK_ISA {
 
 struct Sigmoid {
     Float value, rest;
@@ -126,4 +125,23 @@ struct Gelu {
     }
 };
 
-}  // namespace nearpeak::feedforward::NEARPEAK_ISA
+// Calls function(F{}) with the activation's type.
+template <class Function>
+inline void with_activation(Activation activation, Function function) {
+    switch (activation) {
+        case Activation::relu:
+            return function(Relu{});
+        case Activation::gelu:
+            return function(Gelu{});
+        case Activation::gelu_tanh:
+            return function(GeluTanh{});
+        case Activation::quick_gelu:
+            return function(QuickGelu{});
+        case Activation::silu:
+            return function(Silu{});
+        case Activation::relu_squared:
+            return function(ReluSquared{});
+    }
+}
+
+}  // namespace nearpeak::NEARPEAK_ISA
