@@ -47,6 +47,7 @@ CASES = [
     Case(rows=(270,), inputs=64, outputs=790),
     # Long sums, whose rounding shows in float32.
     *(Case(rows=(rows,), inputs=4096, outputs=9) for rows in (1, 4, 20)),
+    *(Case(rows=(rows,), inputs=4096, outputs=9, bits=4, symmetric=False) for rows in (1, 4)),
     *(Case(rows=(rows,), magnitude=magnitude) for rows in (3, 20) for magnitude in (1e-3, 100.0)),
 ]
 

@@ -12,9 +12,11 @@ so scratch that the first run left allocated counts, and code that it loaded doe
 RESOLUTION bytes: threads and allocators take memory of their own.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import pathlib
+import signal
 
 import torch
 
@@ -64,9 +66,10 @@ def _on_gpu(case: Case, implementation: Implementation, device: torch.device) ->
 
 
 def _child(sender, case_name: str, implementation_name: str, state: suites.State) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     suites.restore(state)
     case = suites.find(case_name)
-    with case.in_its_threads():
+    with case.in_its_threads(), contextlib.suppress(BrokenPipeError):  # whoever asked may have ended
         sender.send(resident_peak(case, case.operator.implementations[implementation_name]))
 
 

@@ -91,9 +91,9 @@ inline Float half_erfc(Float a) {
     const Float nearest = min(2.0f * a, broadcast(15.0f)) + kRounder;
     const Int index = bitcast<Int>(nearest);
     const Float h = a - (nearest - kRounder) * 0.5f;
-    Float sum = look_up(kCoefficients[0], index);
+    Float sum = look_up(load(kCoefficients[0]), index);
 #pragma GCC unroll 6
-    for (int power = 1; power < 7; ++power) sum = sum * h + look_up(kCoefficients[power], index);
+    for (int power = 1; power < 7; ++power) sum = sum * h + look_up(load(kCoefficients[power]), index);
     return select(a > 7.75f, Float{}, sum);
 }
 #else

@@ -48,6 +48,8 @@ struct float16 {
 inline Float broadcast(float value) { return value - Float{}; }
 inline Int broadcast(int32_t value) { return Int{} + value; }
 
+inline Float to_float(Int value) { return __builtin_convertvector(value, Float); }
+
 template <class To, class From>
 inline To bitcast(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -80,9 +82,10 @@ inline Int lane_numbers() {
 }
 
 // table[index % kLanes] in every lane.
-inline Float look_up(const float (&table)[kLanes], Int index) {
+inline Float look_up(Float table, Int index) {
 #if NEARPEAK_LANES == 16 && defined(__AVX512F__)
-    return reinterpret_cast<Float>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), _mm512_loadu_ps(table)));
+    return reinterpret_cast<Float>(
+        _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), reinterpret_cast<__m512>(table)));
 #else
     Float result;
     for (int lane = 0; lane < kLanes; ++lane) result[lane] = table[index[lane] & (kLanes - 1)];
@@ -112,15 +115,15 @@ inline Short narrow(Unsigned bits) { return __builtin_convertvector(bits, Short)
 #endif
 
 // Bytes as the numbers they are.
-inline Float to_float(Bytes bytes) {
+inline Int to_int(Bytes bytes) {
 #if NEARPEAK_LANES == 16 && defined(__AVX512F__)
-    return reinterpret_cast<Float>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes))));
+    return reinterpret_cast<Int>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(bytes)));
 #elif NEARPEAK_LANES == 8 && defined(__AVX2__)
     int64_t bits;
     std::memcpy(&bits, &bytes, sizeof(bits));
-    return reinterpret_cast<Float>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits))));
+    return reinterpret_cast<Int>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits)));
 #else
-    return __builtin_convertvector(__builtin_convertvector(bytes, Int), Float);
+    return __builtin_convertvector(bytes, Int);
 #endif
 }
 

@@ -18,7 +18,7 @@ struct Permission {
     uint8_t allowed;
 };
 inline Float load(const Permission* from) {
-    return select(__builtin_convertvector(load(&from->allowed), Int) != 0, Float{}, broadcast(-kInfinity));
+    return select(to_int(load(&from->allowed)) != 0, Float{}, broadcast(-kInfinity));
 }
 
 // In base 2. A finite bias stays finite, as in plain softmax: rows whose keys all have the most negative one see all.
@@ -45,7 +45,7 @@ inline void add_terms(const Call& p, const Task& task, int64_t row, int64_t begi
         const auto [position, head] = place_of(p, task, row);
         const float slope = p.alibi_slopes[task.sequence.batch * p.alibi_batch_stride + head] * kLog2E;
         const int64_t own = position + task.sequence.key_length - task.sequence.query_length;
-        Float distance = __builtin_convertvector(lane_numbers(), Float) + static_cast<float>(begin - own);
+        Float distance = to_float(lane_numbers()) + static_cast<float>(begin - own);
         for (int64_t k = 0; k < end - begin; k += kLanes, distance += static_cast<float>(kLanes)) {
             // Rounded before it is subtracted, as where prefill adds it later: backward needs the very same scores.
             store(scores + k, load(scores + k) - uncontracted(max(distance, -distance) * slope));

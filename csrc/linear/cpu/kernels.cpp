@@ -19,7 +19,8 @@ constexpr int64_t kVectorColumns = 2, kTileColumns = 64;
 
 int64_t most_few_columns(const Product& p) {
     if (p.quantized) {
-        return p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
+        const int64_t most = p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
+        return p.columns <= most && QuantizedColumns::serves(p) ? most : 0;
     }
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16) return kTileColumns;
