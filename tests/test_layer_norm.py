@@ -9,10 +9,9 @@ import nearpeak
 import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from draws import DRAWS, assert_as_exact, standards
 from inputs import DTYPES, EXAMPLES, case_name, every_second, for_all, misaligned, randn
-from nearpeak.norm import operator, reference
+from nearpeak.norm import reference
 from test_norm import EXTREMES, LAYOUTS, WIDTHS
 from tiny_models import Operators
 
@@ -353,26 +352,6 @@ def test_bad_input_is_named(serving, bad):
     error, message, run = BAD[bad]
     with pytest.raises(error, match=message):
         run()
-
-
-def test_torch_trains_small_layer_norms_and_explain_says_so():
-    def explained(elements, **options):
-        return nearpeak.explain(nearpeak.layer_norm, torch.ones(elements // 8, 8, requires_grad=True), **options)
-
-    most = operator.FEW_TO_TRAIN[torch.float32]
-    assert explained(most).endswith("torch's layer_norm serves it")
-    assert explained(most, residual=torch.ones(most // 8, 8)).endswith("torch's layer_norm serves it")
-    assert "nearpeak::layer_norm on cpu" in explained(most + 8)
-    with nearpeak.use_backend("cpu"):
-        assert "nearpeak::layer_norm on cpu" in explained(most)
-
-
-def test_small_layer_norms_with_gradients_are_right():
-    x, residual = randn(3, 5, 24).requires_grad_(), randn(3, 5, 24)
-    y, hidden = nearpeak.layer_norm(x, residual=residual)
-    assert torch.equal(hidden, x + residual)
-    assert torch.equal(y, F.layer_norm(hidden, (24,)))
-    assert torch.equal(nearpeak.layer_norm(x, residual=residual, return_residual=False), y)
 
 
 @st.composite

@@ -40,7 +40,7 @@ def _inputs(random, heads, key_heads, queries, keys, head_dim, mask, value_dim=N
     }
 
 
-def _sides(mask):
+def sides(mask):
     """(left, right) of the window that `mask` stands for."""
     if mask == "full":
         return None, None
@@ -49,7 +49,7 @@ def _sides(mask):
 
 def _reference(query, key, value, mask):
     """nearpeak's reference over blocks of queries, each with the keys that its mask can reach."""
-    left, right = _sides(mask)
+    left, right = sides(mask)
     queries, keys = query.shape[2], key.shape[2]
     blocks = []
     for first in range(0, queries, TRUTH_ROWS):
@@ -64,7 +64,7 @@ def _reference(query, key, value, mask):
     return torch.cat(blocks, dim=2)
 
 
-def _sdpa(query, key, value, mask):
+def sdpa(query, key, value, mask):
     """PyTorch's function, with `is_causal` where its top-left mask is the bottom-right one."""
     queries, keys = query.shape[2], key.shape[2]
     options = {"enable_gqa": query.shape[1] != key.shape[1]}
@@ -72,7 +72,7 @@ def _sdpa(query, key, value, mask):
     if mask == "causal" and queries == keys > 1:
         options["is_causal"] = True
     elif mask != "full" and not (mask == "causal" and queries == 1):
-        options["attn_mask"] = reference.allowed(queries, keys, *_sides(mask), query.device)
+        options["attn_mask"] = reference.allowed(queries, keys, *sides(mask), query.device)
     return lambda: F.scaled_dot_product_attention(query, key, value, **options)
 
 
@@ -108,7 +108,7 @@ def _operator(name, shape):
         shape=shape,
         inputs=_inputs,
         reference=_reference,
-        plain=lambda **inputs: _sdpa(**inputs)(),
+        plain=lambda **inputs: sdpa(**inputs)(),
         work={"forward": _work, "training": _training_work},
         kernels={"forward": "attention_inference", "training": "attention_backward"},
         differentiable=("query", "key", "value"),
@@ -116,10 +116,10 @@ def _operator(name, shape):
 
     @operator.implementation("nearpeak")
     def _(query, key, value, mask):
-        left, right = _sides(mask)
+        left, right = sides(mask)
         return lambda: nearpeak.attention(query, key, value, causal=right == 0, window=(left, None))
 
-    operator.implementation("SDPA", baseline=True)(_sdpa)
+    operator.implementation("SDPA", baseline=True)(sdpa)
     return operator
 
 

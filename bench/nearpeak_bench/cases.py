@@ -27,6 +27,10 @@ SEED, FRESH_SEED = 0, 100
 DRAW_SEEDS = range(101, 109)
 
 
+class Absent(Exception):
+    """Raised by a prepare function: this machine, or this case, is not one that the implementation serves, and why."""
+
+
 # Every operator that was made, in its order.
 OPERATORS: list["Operator"] = []
 

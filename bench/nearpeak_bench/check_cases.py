@@ -7,9 +7,11 @@ different lengths, its lse among the results; parts merged; packed gate and up; 
 import nearpeak
 import torch
 import torch.nn.functional as F
+from nearpeak.activations import KINDS
 from nearpeak.attention import dropout
 from nearpeak.attention import reference as attention_reference
 from nearpeak.feedforward import reference as feedforward_reference
+from nearpeak.linear import reference as linear_reference
 from nearpeak.norm import reference as norm_reference
 from nearpeak.rotary import reference as rotary_reference
 
@@ -45,6 +47,9 @@ SHAPES = {
     ],
     "quantized_linear": [
         {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (1, 5, 64) for bits in (8, 4)
+    ],
+    "quantized_linear_epilogue": [
+        {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (5, 64) for bits in (8, 4)
     ],
     "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
     + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}, {**WIDE, "queries": 9, "keys": 19, "mask": "causal"}],
@@ -229,6 +234,44 @@ qk_norm = Operator(
     differentiable=("query", "key", "query_weight", "key_weight"),
 )
 qk_norm.implementation("nearpeak")(lambda **inputs: lambda: nearpeak.qk_norm(**inputs))
+
+
+def _quantized_with_residual(random, rows, inputs, outputs, bits):
+    codes, scales, _, _ = nearpeak.quantize_weight(random(outputs, inputs), bits)
+    return {
+        "x": random(rows, inputs),
+        "codes": codes,
+        "scales": scales,
+        "bits": bits,
+        "residual": random(rows, outputs),
+    }
+
+
+def _quantized_weight(codes, scales, bits):
+    return nearpeak.QuantizedWeight(codes, scales, None, bits)
+
+
+quantized_linear_epilogue = Operator(
+    name="quantized_linear_epilogue",
+    shape="{rows}x{inputs}x{outputs} {bits} bits",
+    inputs=_quantized_with_residual,
+    reference=lambda x, codes, scales, bits, residual: linear_reference.quantized_linear_epilogue(
+        x, codes, scales, None, None, bits, residual, KINDS["gelu"], False
+    )[0],
+    plain=lambda x, codes, scales, bits, residual: (
+        F.gelu(F.linear(x, _quantized_weight(codes, scales, bits).dequantize(x.dtype))) + residual
+    ),
+    work={},
+    kernels={"forward": "quantized_linear_epilogue_inference", "training": "quantized_linear_epilogue"},
+    differentiable=("x", "residual"),
+)
+quantized_linear_epilogue.implementation("nearpeak")(
+    lambda x, codes, scales, bits, residual: (
+        lambda: nearpeak.quantized_linear(
+            x, _quantized_weight(codes, scales, bits), activation="gelu", residual=residual
+        )
+    )
+)
 
 
 def _turned(random, heads, key_heads, sequence, head_dim, rotary_dim):

@@ -8,7 +8,7 @@ import torch
 from nearpeak import backends
 
 from . import caches, compiling, timing, verdicts, worker
-from .cases import DRAW_SEEDS, FRESH_SEED, SEED, Case, Implementation, as_tuple
+from .cases import DRAW_SEEDS, FRESH_SEED, SEED, Absent, Case, Implementation, as_tuple
 from .exactness import errors, why_inexact, why_inexact_over_draws
 from .memory import extra_memory
 from .peaks import Peaks
@@ -62,6 +62,9 @@ class Examiner:
                 result = as_tuple(call())
         except ModuleNotFoundError as error:
             measurement.status, measurement.note = "absent", f"{error.name} is not installed"
+            return None
+        except Absent as error:
+            measurement.status, measurement.note = "absent", str(error)
             return None
         except Exception as error:
             measurement.status, measurement.note = "failed", worker.describe(error)

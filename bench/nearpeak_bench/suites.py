@@ -20,6 +20,7 @@ from . import (
     linear_epilogue,
     norm,
     overhead,
+    peers,
     quantized_linear,
     rotary,
     shapes,
@@ -27,6 +28,9 @@ from . import (
 )
 from .cases import OPERATORS, Case, Operator, Variant
 from .exits import UsageError
+
+# Imported for what it registers with the families' operators.
+PEERS = peers.__name__
 
 SUITES = {
     "norm": norm.CASES + layer_norm.CASES,

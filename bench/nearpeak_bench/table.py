@@ -152,7 +152,7 @@ def suite_tables(suite: str, rows: Iterable[Row]) -> list[Table]:
 def suite_table(suite: str, rows: Iterable[Row]) -> Table:
     """The table of one suite, a line per row and candidate."""
     rows = [row for row in rows if row.suite == suite]
-    baselines = list(dict.fromkeys(m.implementation for row in rows for m in row.baselines()))
+    baselines = list(dict.fromkeys(m.implementation for row in rows for m in row.baselines() if m.status != "absent"))
     pairs = [(row, candidate) for row in rows for candidate in row.candidates()]
     timed = [candidate for _, candidate in pairs if candidate.ratios]
     worst = min(timed, key=lambda candidate: slowest_ratio(candidate).value, default=None)
@@ -230,7 +230,9 @@ def _exponent_text(fitted: growth.Fit | None) -> str:
 
 def absent(rows: Iterable[Row]) -> str:
     """The baselines that could not be run, and what they lack; empty where all could."""
-    found = {m.implementation: m.note for row in rows for m in row.baselines() if m.status == "absent"}
+    baselines = [m for row in rows for m in row.baselines()]
+    present = {m.implementation for m in baselines if m.status != "absent"}
+    found = {m.implementation: m.note for m in baselines if m.implementation not in present}
     return ", ".join(f"{name} ({why})" for name, why in found.items())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from nearpeak import backends, cli_bench
 from nearpeak_bench import exits, models, results
+from nearpeak_bench.cases import Absent
 from toys import bench, interrupt_second_case, invoke
 
 
@@ -80,9 +81,13 @@ def test_absent_baselines_are_listed_with_what_they_lack(toy_suite, tmp_path):
 
         return a_missing_package.double(x)
 
+    @toy_suite.implementation("another", baseline=True)
+    def _(x):
+        raise Absent("it serves GPUs")
+
     result = bench("norm", "--markdown", "a.md")
     assert result.exit_code == 0, result.output
-    listed = "peer (a_missing_package is not installed)"
+    listed = "peer (a_missing_package is not installed), another (it serves GPUs)"
     assert f"not compared with: {listed}" in result.stdout
     assert f"Baselines that are absent: {listed}" in (tmp_path / "a.md").read_text()
 

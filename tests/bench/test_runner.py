@@ -119,14 +119,14 @@ def test_cases_are_found_by_name(name):
 @pytest.mark.parametrize("mask", ["full", "causal", 1, 5, 100])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 7), (13, 13), (5, 21)])
 def test_attention_counts_pairs_and_computes_its_truth_as_the_mask_says(mask, queries, keys, monkeypatch):
-    sides = attention._sides(mask)
+    sides = attention.sides(mask)
     allowed = reference.allowed(queries, keys, *sides, CPU)
     assert attention._visible_pairs(queries, keys, mask) == int(allowed.sum())
     monkeypatch.setattr(attention, "TRUTH_ROWS", 4)
     query, key, value = (torch.randn(1, 2, length, 8, dtype=torch.float64) for length in (queries, keys, keys))
     whole, _ = reference.attention(query, key, value, *sides, 8**-0.5, None)
     torch.testing.assert_close(attention._reference(query, key, value, mask), whole)
-    torch.testing.assert_close(attention._sdpa(query, key, value, mask)(), whole)
+    torch.testing.assert_close(attention.sdpa(query, key, value, mask)(), whole)
 
 
 def test_limit_is_the_larger_of_arithmetic_and_traffic():

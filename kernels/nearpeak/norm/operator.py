@@ -16,12 +16,6 @@ else:
     triton_kernels = None
 
 
-# Up to so many elements of x, layer norms whose gradients are recorded go to torch, which records them in C++; ours are
-# recorded in Python, which takes 45 us more. Zen 3, two threads, forward and backward, ours / torch's in us: float32
-# 256 x 768 324 / 241, 64 x 4096 414 / 409, 256 x 4096 923 / 1403; bfloat16 64 x 768 238 / 210, 128 x 768 286 / 321.
-FEW_TO_TRAIN = {torch.float32: 1 << 18, torch.bfloat16: 1 << 16, torch.float16: 1 << 16}
-
-
 def _save_for_rms_norm(ctx, inputs, output):
     x, weight, ctx.eps, ctx.offset, _ = inputs
     ctx.save_for_backward(x, weight)
@@ -334,8 +328,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, return_res
     Raises:
         TypeError: a dtype that is not served. ValueError: a shape, device or stride that does not fit.
 
-    Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450. CUDA C++ kernels exist for RMSNorm only. Small calls on
-    CPUs whose gradients are recorded go to torch's own function, and `nearpeak.explain` says so.
+    Ba, Kiros and Hinton 2016, https://arxiv.org/abs/1607.06450. CUDA C++ kernels exist for RMSNorm only.
 
     >>> x, weight, bias = torch.randn(4, 768), torch.ones(768), torch.zeros(768)
     >>> y = nearpeak.layer_norm(x, weight, bias)
@@ -351,14 +344,10 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, return_res
                 return reference.layer_norm(x, weight, bias, eps)
             pair = reference.add_layer_norm(x, residual, weight, bias, eps)
             return pair if return_residual else pair[0]
-        recorded = operators.wants_gradient(x, weight, bias, residual)
-        if recorded and _torch_trains(x, weight, bias):
-            backends.because("torch records the gradients of small layer norms faster: torch's layer_norm serves it")
-            hidden = x if residual is None else x + residual
-            y = torch.nn.functional.layer_norm(hidden, x.shape[-1:], weight, bias, eps)
-            return y if residual is None or not return_residual else (y, hidden)
         if residual is None:
+            recorded = operators.wants_gradient(x, weight, bias)
             return (_layer_norm if recorded else _layer_norm_inference)(x, weight, bias, eps)
+        recorded = operators.wants_gradient(x, weight, bias, residual)
         if not (return_residual or recorded):
             return _layer_norm_of_sum(x, residual, weight, bias, eps)
         pair = (_add_layer_norm if recorded else _add_layer_norm_inference)(x, residual, weight, bias, eps)
@@ -366,13 +355,6 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5, *, residual=None, return_res
     except (AttributeError, RuntimeError, TypeError):
         _check(x, weight, residual, bias)
         raise
-
-
-def _torch_trains(x, weight, bias):
-    """Whether torch's own function is faster, with the gradients that are recorded."""
-    if not x.is_cpu or backends.forced("cpu") or torch.compiler.is_compiling():
-        return False
-    return x.numel() <= FEW_TO_TRAIN[x.dtype] and all(p is None or p.dtype is x.dtype for p in (weight, bias))
 
 
 def _layer_norm_into(out, x, weight, bias, residual, return_residual, eps):
