@@ -48,13 +48,4 @@ template <class T>
     }
 }
 
-// Likewise of sums that lie across lanes, totals[column][row], and have yet to be added up with their bias.
-template <class T>
-[[gnu::noinline]] void store_totals_with_epilogue(const Product& p, int64_t column, int64_t columns, int64_t row,
-                                                  int64_t count, Float (*totals)[kLanes], Float bias) {
-    Vectors values;
-    for (int64_t i = 0; i < columns; ++i) values.of[i] = sum_each(totals[i]) + bias;
-    store_with_epilogue<T>(p, values, column, columns, row, count);
-}
-
 }  // namespace nearpeak::linear::NEARPEAK_ISA

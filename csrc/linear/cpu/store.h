@@ -15,7 +15,12 @@ template <class T>
                                                 int64_t count, Float (*totals)[kLanes]) {
     const T* bias = static_cast<const T*>(p.bias);
     const Float offset = bias ? load(bias + first, count) : Float{};
-    if (p.has_epilogue()) return store_totals_with_epilogue<T>(p, column, columns, first, count, totals, offset);
+    if (p.has_epilogue()) {
+        // A copy is passed on: totals whose address were would stay in memory while they are summed.
+        Vectors values;
+        for (int64_t i = 0; i < columns; ++i) values.of[i] = sum_each(totals[i]) + offset;
+        return store_with_epilogue<T>(p, values, column, columns, first, count);
+    }
     for (int64_t i = 0; i < columns; ++i) {
         T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
         store(to, sum_each(totals[i]) + offset, count);
