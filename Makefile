@@ -22,9 +22,9 @@ export NEARPEAK_BUILD_EMULATED := 1
 bench: install
 	$(RUN) -m nearpeak.cli bench all
 
-# Two processes: nearly every test runs in one thread.
+# Two processes: nearly every test runs in one thread. One that is through takes over what the other has left.
 test: install lint
-	$(RUN) -m pytest tests -n 2
+	$(RUN) -m pytest tests -n 2 --dist worksteal
 
 # The README's figures and charts, from the runs that are kept.
 results: install

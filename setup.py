@@ -21,7 +21,7 @@ import tempfile
 from setuptools import setup
 
 ROOT = pathlib.Path(__file__).parent
-FAMILIES = ("attention", "feedforward", "linear", "norm", "peaks", "rotary")
+FAMILIES = ("attention", "embedding", "feedforward", "linear", "norm", "peaks", "rotary")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]

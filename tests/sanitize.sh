@@ -28,6 +28,7 @@ echo "== running the kernels' tests"
 # Without the reference, which is no C++ of ours. pytest must not capture what a sanitizer writes before it aborts.
 PYTHONPATH=$SITE "$PYTHON" -m pytest -p no:cacheprovider -n 2 --capture=sys -k "not reference" \
     tests/test_norm.py tests/test_layer_norm.py tests/test_qk_norm.py tests/test_rotary.py tests/test_feedforward.py \
-    tests/test_linear.py tests/test_linear_epilogue.py tests/test_quantized_linear.py tests/test_attention_blocks.py \
+    tests/test_embedding.py tests/test_linear.py tests/test_linear_epilogue.py tests/test_quantized_linear.py \
     tests/test_attention.py tests/test_attention_backward.py tests/test_attention_terms.py \
-    tests/test_attention_sequences.py tests/test_attention_dropout.py tests/test_merge_attention.py
+    tests/test_attention_sequences.py tests/test_attention_blocks.py tests/test_attention_score_mod.py \
+    tests/test_attention_dropout.py tests/test_merge_attention.py

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from draws import assert_as_exact, standards
 from inputs import DTYPES, randn
-from nearpeak.attention import dropout, reference
+from nearpeak import dropout
+from nearpeak.attention import reference
 from test_attention import Case, doubled, values
 from test_attention_sequences import PACKED, starts_of
 from test_attention_terms import Terms, draws_of, inputs_of, scale_of, terms_name, window_of

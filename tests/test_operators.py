@@ -76,7 +76,10 @@ def _quantized(made, **options):
 
 
 X, WEIGHT = norm_operands()
+WORDS, IDS = randn(6, 17, seed=3), torch.tensor([[2, 0, 3, 2], [1, 2, 0, 0]])
 PACKED = torch.cat((X, X), dim=-1)
+SCORE_TABLE = randn(4, 16, seed=8)
+SCORE_MOD = nearpeak.trace_score_mod(lambda score, b, h, q, k: score * score + SCORE_TABLE[h % 4, (k - q) % 16])
 MASK, BIAS, SLOPES = randn(2, 1, 9, 11) < 1.0, randn(1, 4, 9, 11, seed=5), randn(4, seed=6).abs()
 SAMPLES = {
     "rms_norm": [
@@ -111,6 +114,29 @@ SAMPLES = {
     ],
     "qk_norm_inference": [(*qk_operands(), WEIGHT[:16], None, 1e-6, 0.0, False)],
     "qk_norm_backward": [(*qk_operands(), *qk_operands(), None, WEIGHT[:16], 1e-6, 0.0)],
+    "embedding": [
+        (IDS, *leaves(WORDS.clone()), *[None] * 6, 2.0, None, None, 0.0, 0, False),
+        (
+            IDS,
+            *leaves(WORDS.clone(), WORDS + 1),
+            IDS,
+            *leaves(WORDS - 1),
+            IDS,
+            *leaves(WEIGHT.clone()),
+            None,
+            1.0,
+            1e-5,
+            torch.tensor(3),
+            0.5,
+            -1,
+            False,
+        ),
+    ],
+    "embedding_inference": [(IDS, WORDS.bfloat16(), *[None] * 6, 2.0, None, None, 0.0, -1, False)],
+    "embedding_hidden_gradient": [
+        (WORDS[IDS], IDS, WORDS, WORDS, None, None, None, None, WEIGHT, 1.0, 1e-5, None, 0.0),
+    ],
+    "embedding_table_gradient": [(WORDS, IDS[0, :3], 4, 2.0, -1), (WORDS.half(), IDS[0, :3], 9, 1.0, 2)],
     "apply_rotary": [
         (*leaves(*rotary_operands()), COS[None], SIN[None], False, False, 16),
         (*leaves(*rotary_operands()), COS[None, :, :4], SIN[None, :, :4], True, False, 8),
@@ -125,6 +151,7 @@ SAMPLES = {
         (*leaves(*attention_operands()), None, 0, 0.25, None, MASK, *leaves(BIAS), SLOPES, *leaves(randn(4, seed=7))),
         (*leaves(*attention_operands(1)), 4, None, 1.0, 5.0),
         (*leaves(*attention_operands()), None, 0, 0.25, None, *[None] * 7, torch.tensor(3), 0.5),
+        (*leaves(*attention_operands()), None, 0, 0.25, None, *[None] * 8, 0.0, SCORE_MOD.program, SCORE_MOD.tensors),
     ],
     "attention_inference": [(*(t.bfloat16() for t in attention_operands()), None, None, 0.25, None)],
     "attention_blocks": [
@@ -136,7 +163,7 @@ SAMPLES = {
     ],
     "attention_blocks_backward": [
         (*blocks_and_gradients(), None, None, 0.25, None),
-        (*blocks_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, True),
+        (*blocks_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, None, None, True),
     ],
     "dropout_mask": [(torch.tensor(3), 0.5, [2, 4, 9, 33], [0, 5, 7])],
     "activation": [(*leaves(X.clone()), kind) for kind in range(6)],
@@ -171,7 +198,8 @@ SAMPLES = {
     "attention_backward": [
         (*attention_and_gradients(), 4, 0, 0.25, None),
         (*attention_and_gradients(), 4, 0, 0.25, None, *[None] * 7, torch.tensor(3), 0.5),
-        (*attention_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, True),
+        (*attention_and_gradients(), 4, 0, 0.25, None, *[None] * 8, 0.0, SCORE_MOD.program, SCORE_MOD.tensors),
+        (*attention_and_gradients(), 4, 0, 0.25, None, MASK, BIAS.detach(), SLOPES, *[None] * 5, 0.0, None, None, True),
     ],
 }
 
@@ -235,10 +263,22 @@ LAYERS = {
         (*attention_operands()[:2], randn(2, 4, 9, 1, seed=5)),
         (2, None, 2),
     ),
+    "attention_score_mod": Layer(
+        lambda q, k, v: nearpeak.attention(q, k, v, score_mod=SCORE_MOD),
+        attention_operands(),
+        (2, None, None),
+    ),
     "sdpa": Layer(
         lambda q, k, v: nearpeak.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         attention_operands(),
         (2, None, None),
+    ),
+    "embedding": Layer(
+        lambda words, positions, weight: nearpeak.embedding(
+            IDS[:, :3] % 3, words, scale=2.0, positions=positions, norm_weight=weight, eps=1e-5
+        ),
+        (WORDS, WORDS + 1, WEIGHT),
+        (0, 0, None),
     ),
     "gelu": Layer(lambda x: nearpeak.activation(x, "gelu"), (X,), (1,)),
     "swiglu": Layer(nearpeak.swiglu, (X, X + 1), (1, 1)),
@@ -426,6 +466,8 @@ def sizeable(name):
         return (randn(3, 200, 64),)
     if "rotary" in name:
         return tuple(t.repeat(1, 9, 1, 1) if t.dim() == 4 else t for t in LAYERS[name].inputs)
+    if name == "embedding":
+        return randn(300, 130), randn(300, 130, seed=1), randn(130, seed=2)
     if name == "qk_norm":
         return randn(2, 50, 60, 16), randn(2, 20, 60, 16, seed=1)
     if name == "attention_bias":
@@ -444,7 +486,7 @@ def test_same_bits_at_every_call(serving, name, threads):
 
 @pytest.mark.parametrize("name", [*LAYERS, "decode"])
 def test_same_bits_in_one_thread_and_in_two(serving, name):
-    if serving == "reference" and name == "attention_bias":
+    if serving == "reference" and name in ("attention_bias", "attention_score_mod"):
         pytest.skip("PyTorch's matrix products sum in an order that depends on the threads")
     layer = nearpeak.attention if name == "decode" else LAYERS[name].function
     inputs = tuple(randn(1, heads, length, 64) for heads, length in ((4, 1), (1, 3000), (1, 3000)))

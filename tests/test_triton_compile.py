@@ -5,13 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 
+import nearpeak
 import triton
 from nearpeak.attention import triton_attention
 from nearpeak_bench.inspect.code import compile_case
 from nearpeak_bench.inspect.compiling import Case
 from nearpeak_bench.inspect.ours import (
+    EMBEDDING_DIRECTIONS,
     attention_backward_case,
     attention_case,
+    embedding_case,
     every_case,
     feedforward_case,
     norm_case,
@@ -73,6 +76,30 @@ def attention_terms_case(
     return Case(name, launch, matrix=dtype.itemsize == 2)
 
 
+def score_mod_case(score_mod, head_dim=128, dtype=BFLOAT, backward=False, mask_mod=None):
+    """Of 4096 positions under a causal window."""
+    query, key = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (32, 8))
+    lse = torch.empty(2, 32, 4096, dtype=SINGLE, device="meta")
+    _, program, tables = nearpeak.trace_score_mod(score_mod, mask_mod)
+    modified = None, 0, head_dim**-0.5, None, *[None] * 8, 0.0, program, [table.to("meta") for table in tables]
+
+    def launch():
+        if not backward:
+            return triton_attention.attention(query, key, key, *modified)
+        return triton_attention.attention_backward(query, None, query, key, key, query, lse, *modified)
+
+    name = f"attention score_mod {'backward ' * backward}{head_dim} {str(dtype).removeprefix('torch.')}"
+    return Case(name, launch, matrix=dtype.itemsize == 2)
+
+
+def alibi(score, batch, head, query, key, slopes=torch.ones(32)):  # noqa: B008 (one table for all cases)
+    return score - slopes[head] * (query - key).abs()
+
+
+def capped(score, batch, head, query, key):
+    return 30.0 * torch.tanh(score / 30.0)
+
+
 # What crowds registers most: everything at once, unaligned, under a window and a softcap.
 EVERYTHING = {"options": (*TERMS, "packed"), "length": 4099, "window": (512, 0), "softcap": 50.0}
 
@@ -91,6 +118,8 @@ CHOSEN = [
     *((rotary_case(128, BFLOAT, interleaved, rotary_dim=64), "sm_90") for interleaved in (False, True)),
     *((feedforward_case(14336, BFLOAT, "silu", direction), "sm_90") for direction in ("forward", "backward")),
     (feedforward_case(2048, SINGLE, "gelu", "backward"), "gfx942"),
+    *((embedding_case(768, BFLOAT, direction), "sm_90") for direction in EMBEDDING_DIRECTIONS),
+    *((embedding_case(770, SINGLE, direction), "gfx942") for direction in ("backward", "table")),
     *((quantized_linear_case(rows, BFLOAT, bits), "sm_90") for rows in (1, 512) for bits in (8, 4)),
     *((quantized_linear_case(512, BFLOAT, 4, 32, False, True), target) for target in ("sm_80", "sm_100", "sm_120")),
     *((quantized_linear_case(512, BFLOAT, 4, 32, False, True, "gelu_tanh"), target) for target in ("sm_80", "sm_90")),
@@ -116,6 +145,9 @@ CHOSEN = [
     (attention_terms_case(("bias",), backward=True), "sm_90"),
     (attention_terms_case(("alibi", "sinks", "packed"), backward=True), "sm_80"),
     (attention_terms_case(("packed", "shared"), backward=True), "sm_90"),
+    (score_mod_case(alibi), "sm_90"),
+    (score_mod_case(capped, 64, mask_mod=nearpeak.masks.sliding_window(512)), "sm_80"),
+    (score_mod_case(alibi, backward=True), "sm_90"),
 ]
 EVERY = [(case, target) for case in every_case() for target in TARGETS]
 EVERY += [
@@ -133,6 +165,14 @@ EVERY += [
         {"options": ("dropout",)},
         {"options": ("packed", "shared")},
     )
+    for target in TARGETS
+]
+EVERY += [
+    (score_mod_case(score_mod, head_dim, dtype, backward), target)
+    for score_mod in (alibi, capped)
+    for head_dim in (64, 128, 256)
+    for dtype in (BFLOAT, SINGLE)
+    for backward in (False, True)
     for target in TARGETS
 ]
 EVERY += [

@@ -13,12 +13,12 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = pathlib.Path(__file__).parent / "interpreted"
-ATTENTION = [f"attention{part}" for part in ("", "_backward", "_terms", "_sequences", "_dropout")]
+ATTENTION = [f"attention{part}" for part in ("", "_backward", "_terms", "_sequences", "_dropout", "_score_mod")]
 
 
 @pytest.mark.timeout(1800)  # a family takes some minutes, and twice that on a busy machine
 @pytest.mark.parametrize(
-    "family", ["norm", "layer_norm", "qk_norm", "rotary", "feedforward", "quantized_linear", *ATTENTION]
+    "family", ["norm", "layer_norm", "qk_norm", "rotary", "feedforward", "embedding", "quantized_linear", *ATTENTION]
 )
 def test_interpreted_kernels_are_as_exact_as_plain(family):
     file = FOLDER / f"test_{family}_kernels.py"

@@ -40,9 +40,9 @@ def _bert(**options):
 ARCHITECTURES = {"llama": _llama, "gemma3": _gemma3, "bert": _bert}
 DECODERS = ("llama", "gemma3")
 REPLACED = {
-    "llama": {"linear": 15, "norm": 5, "feedforward": 4, "rotary": 2, "attention": 2},
-    "gemma3": {"linear": 15, "norm": 13, "feedforward": 4, "rotary": 2, "attention": 2},
-    "bert": {"linear": 14, "norm": 6, "feedforward": 3, "rotary": 0, "attention": 2},
+    "llama": {"linear": 15, "norm": 5, "feedforward": 4, "rotary": 2, "attention": 2, "embedding": 1},
+    "gemma3": {"linear": 15, "norm": 13, "feedforward": 4, "rotary": 2, "attention": 2, "embedding": 1},
+    "bert": {"linear": 14, "norm": 6, "feedforward": 3, "rotary": 0, "attention": 2, "embedding": 4},
 }
 
 

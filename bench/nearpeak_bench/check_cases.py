@@ -7,8 +7,8 @@ different lengths, its lse among the results; parts merged; packed gate and up; 
 import nearpeak
 import torch
 import torch.nn.functional as F
+from nearpeak import dropout
 from nearpeak.activations import KINDS
-from nearpeak.attention import dropout
 from nearpeak.attention import reference as attention_reference
 from nearpeak.feedforward import reference as feedforward_reference
 from nearpeak.linear import reference as linear_reference
@@ -27,6 +27,8 @@ TERMS = {"batch": 2, "heads": 3, "length": 37, "head_dim": 32}
 PAIRS = [{**HEADS, "batch": 2, "queries": queries, "keys": keys} for queries, keys in ((37, 37), (5, 133))]
 # A gradient has one element a head: of a few dozen in all draws, one layer rounds some better by chance.
 MANY_HEADS = {"batch": 1, "heads": 64, "key_heads": 4, "head_dim": 8}
+MODS = [{"length": 70, "mod": mod} for mod in ("alibi", "table", "softcap")]
+TABLES = [{"tokens": 37, "rows": 50, "width": 77}, {"tokens": 256, "rows": 5, "width": 40}]
 SINKS = [{**MANY_HEADS, "queries": queries, "keys": keys} for queries, keys in ((37, 37), (5, 133))]
 BLOCKS = [{"heads": 3, "length": 200, "head_dim": 40, "mask": mask} for mask in ("prefix", "documents", "chunked")]
 SEQUENCES = [{**HEADS, "lengths": "17,1,0,33,5"}]
@@ -39,6 +41,7 @@ SHAPES = {
     "qk_norm": [{**HEADS, "sequence": 7}],
     "apply_rotary_interleaved": [{**HEADS, "sequence": 7}],
     "apply_rotary_partial": [{**HEADS, "sequence": 7}],
+    **dict.fromkeys(("embedding", "embedding_layer_norm"), TABLES),
     "linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
     "linear_epilogue": [
         {"rows": rows, "inputs": 77, "outputs": 53, "activation": activation, "residual": residual}
@@ -56,6 +59,7 @@ SHAPES = {
     "attention_window": [{**HEADS, "queries": 70, "keys": 70, "mask": 17}],
     "attention_decode": [{**HEADS, "queries": 1, "keys": 523, "mask": "full"}],
     "attention_latent": [{**HEADS, "queries": 37, "keys": 37, "mask": "causal", "value_dim": 24}],
+    **dict.fromkeys(("attention_score_mod", "attention_score_mod_training"), MODS),
     "attention_terms": [{**TERMS, "term": term} for term in ("padding", "bias", "alibi")],
     "attention_bias": [{**TERMS, "term": "bias"}],
     **dict.fromkeys(("attention_blocks", "attention_blocks_training"), BLOCKS),

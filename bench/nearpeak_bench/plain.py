@@ -27,10 +27,11 @@ def _rotate(x, cos, sin, interleaved):
     return torch.cat(((x * cos + turned * sin).to(x.dtype), rest), dim=-1)
 
 
-def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None, factors=None):
+def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None, factors=None, modify=None):
     """softmax(query key^T scale) value in eager operators; mask is True where a query may look at a key.
 
-    terms: tensors that are added to the scores. sinks: the score per head of one more key, without a value.
+    modify: what becomes of the scaled scores. terms: tensors that are added to them. sinks: the score per head of one
+    more key, without a value.
     factors: by which dropout multiplies the weights.
     Returns out and lse. Rows without any key give zeros, which the eager layer would turn into NaN.
     """
@@ -40,6 +41,8 @@ def attention(query, key, value, mask, scale, softcap, terms=(), sinks=None, fac
     scores = query @ key.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if modify is not None:
+        scores = modify(scores)
     for term in terms:
         scores = scores + term
     if sinks is not None:

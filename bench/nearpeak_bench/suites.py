@@ -13,7 +13,9 @@ import torch
 from . import (
     attention,
     attention_blocks,
+    attention_score_mod,
     attention_terms,
+    embedding,
     feedforward,
     layer_norm,
     linear,
@@ -36,8 +38,9 @@ SUITES = {
     "norm": norm.CASES + layer_norm.CASES,
     "rotary": rotary.CASES,
     "feedforward": feedforward.CASES,
+    "embedding": embedding.CASES,
     "linear": linear.CASES + linear_epilogue.CASES + quantized_linear.CASES,
-    "attention": attention.CASES + attention_terms.CASES + attention_blocks.CASES,
+    "attention": attention.CASES + attention_terms.CASES + attention_blocks.CASES + attention_score_mod.CASES,
     "overhead": overhead.CASES,
 }
 

@@ -113,6 +113,16 @@ bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32) {
 
 bool is_like(const Tensor& tensor, const Tensor& like) { return same_shape(tensor, like) && same_kind(tensor, like); }
 
+bool drops_rightly(const std::optional<Tensor>& seed, double p) {
+    if (!(p >= 0.0 && p < 1.0)) return false;
+    return seed ? seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long
+                : p == 0.0;
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double p) {
+    return p == 0.0 ? Dropout{} : dropout_of(*static_cast<const int64_t*>(seed->const_data_ptr()), p);
+}
+
 bool dense_last(const Tensor& tensor) {
     const auto sizes = tensor.sizes();
     return sizes.empty() || sizes.back() <= 1 || tensor.strides().back() == 1 || tensor.numel() == 0;

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "dropout.h"
 #include "dtype.h"
 #include "rows.h"
 
@@ -34,6 +35,10 @@ bool same_shape(const Tensor& a, const Tensor& b);
 bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32 = false);
 bool is_like(const Tensor& tensor, const Tensor& like);  // in shape and kind
 bool dense_last(const Tensor& tensor);
+
+// Whether p is a probability below 1, and the seed one int64 on the CPU wherever p is above 0.
+bool drops_rightly(const std::optional<Tensor>& seed, double p);
+Dropout dropout_of(const std::optional<Tensor>& seed, double p);
 
 // A new tensor of `sizes` on like's device, dense, the outer dimensions in the order of like's strides (largest
 // outermost, equal ones in order of position) and the last innermost; operators.py's empty_laid_out_like is the same

@@ -37,6 +37,15 @@ inline Two rounded_to(Two value) {
 template <class T>
 struct TwoVectors {};
 
+// Which elements the lanes of two vectors hold.
+struct TwoLanes {
+    Int low, high;
+};
+template <class T>
+inline TwoLanes lanes_of(TwoVectors<T>) {
+    return {lane_numbers(), lane_numbers() + kLanes};
+}
+
 template <class T>
 inline Two only(Two value, TwoVectors<T>) {
     return value;
@@ -51,6 +60,7 @@ inline void store(U* to, Two value, TwoVectors<T>) {
     store(to, value.low);
     store(to + kLanes, value.high);
 }
+inline TwoLanes lanes_of(TwoVectors<bfloat16>) { return {2 * lane_numbers(), 2 * lane_numbers() + 1}; }
 inline Two load(const bfloat16* from, TwoVectors<bfloat16>) {
     Unsigned bits;
     std::memcpy(&bits, from, sizeof(bits));

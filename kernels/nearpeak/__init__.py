@@ -3,13 +3,16 @@
 from . import compat, nn
 from .attention import (
     BlockMask,
+    ScoreMod,
     attention,
     create_block_mask,
     masks,
     merge_attention,
     scaled_dot_product_attention,
+    trace_score_mod,
 )
 from .backends import use_backend, use_isa
+from .embedding import embedding
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
 from .linear import QuantizedWeight, linear, quantize_weight, quantized_linear, read_gguf
@@ -23,12 +26,14 @@ __all__ = [
     "PatchReport",
     "QuantizationReport",
     "QuantizedWeight",
+    "ScoreMod",
     "__version__",
     "activation",
     "apply_rotary",
     "attention",
     "compat",
     "create_block_mask",
+    "embedding",
     "explain",
     "geglu",
     "layer_norm",
@@ -49,6 +54,7 @@ __all__ = [
     "rotary_tables",
     "scaled_dot_product_attention",
     "swiglu",
+    "trace_score_mod",
     "unpatch",
     "use_backend",
     "use_isa",

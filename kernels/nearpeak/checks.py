@@ -44,11 +44,11 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-def check_float_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
-    """Check that `tensor` is on query's device, and of query's dtype or float32, which every kernel reads beside it."""
+def check_float_of(name: str, tensor: torch.Tensor, like: torch.Tensor, like_name: str = "query") -> None:
+    """Check that `tensor` is on the other's device, and of its dtype or float32, which every kernel reads beside it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.dtype not in (like.dtype, torch.float32):
-        raise TypeError(f"{name} must have query's dtype, {like.dtype}, or float32, not {tensor.dtype}")
+        raise TypeError(f"{name} must have {like_name}'s dtype, {like.dtype}, or float32, not {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on query's device, {like.device}, not {tensor.device}")
+        raise ValueError(f"{name} must be on {like_name}'s device, {like.device}, not {tensor.device}")

@@ -31,7 +31,8 @@ class Profiler(enum.Enum):
 Suites = Annotated[
     list[str] | None,
     typer.Argument(
-        help="norm, rotary, feedforward, linear, attention, overhead, model, or all; without a name all but model. "
+        help="norm, rotary, feedforward, embedding, linear, attention, overhead, model, or all; without a name all but "
+        "model. "
         "selftest, alone: whether timings can be believed on this machine. compare BEFORE AFTER: what changed "
         "between two files of results. report FILE...: the results of several machines side by side. bisect GOOD BAD: "
         "the commit that made a row slower or wrong."

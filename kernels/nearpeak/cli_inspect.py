@@ -11,8 +11,9 @@ GATE = "Comparison, and conditions for CI"
 Kernels = Annotated[
     list[str] | None,
     typer.Argument(
-        help="norm, rotary, feedforward, attention, or a Python file with kernels of yours; without a name all of "
-        "ours. compare BEFORE AFTER: what differs between two files written with --json, as by two versions of Triton."
+        help="norm, rotary, feedforward, embedding, linear, attention, or a Python file with kernels of yours; without "
+        "a name all of ours. compare BEFORE AFTER: what differs between two files written with --json, as by two "
+        "versions of Triton."
     ),
 ]
 Targets = Annotated[

@@ -1,6 +1,7 @@
 """Modules of all families, as drop-in replacements for PyTorch's layers of the same names; and positions."""
 
 from .attention.layers import MultiheadAttention
+from .embedding import Embedding
 from .linear import Linear, QuantizedLinear
 from .norm import LayerNorm, RMSNorm
 from .positions import (
@@ -12,6 +13,7 @@ from .positions import (
 )
 
 __all__ = [
+    "Embedding",
     "LayerNorm",
     "LearnedPositions",
     "Linear",

@@ -199,7 +199,7 @@ def inspect_multiply():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nrom"], "unknown kernels 'nrom': choose from norm, rotary, feedforward, linear, attention, or a"),
+        (["nrom"], "unknown kernels 'nrom': choose from norm, rotary, feedforward, embedding, linear, attention, or a"),
         (["norm", "--target", "sm_42"], "unknown target 'sm_42': choose from sm_80"),
         (["norm", "--filter", "nothing"], "no case matches 'nothing'"),
         (["norm", "--fail-on", "speed>1"], "--fail-on speed>1: choose from spills, worse, or a limit of registers"),

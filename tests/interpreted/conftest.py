@@ -75,12 +75,13 @@ def _served_by_triton():
 @pytest.fixture(params=["whole rows", "rows in blocks"])
 def blocks(request, monkeypatch):
     """Run a norm's test with rows held in registers, and with rows too wide for that (here: wider than 16 or 32)."""
-    from nearpeak.norm import triton_backward, triton_tiles
+    from nearpeak import triton_row_tiles
+    from nearpeak.norm import triton_backward
 
     if request.param == "rows in blocks":
         for name, value in (("WHOLE_ROW_FORWARD", 64), ("WHOLE_ROW_BACKWARD", 32), ("WIDE_BLOCK", 32)):
-            monkeypatch.setattr(triton_tiles, name, value)
-        monkeypatch.setattr(triton_backward, "COLUMNS", triton_tiles.Tile(rows=8, block=64, threads=128))
+            monkeypatch.setattr(triton_row_tiles, name, value)
+        monkeypatch.setattr(triton_backward, "COLUMNS", triton_row_tiles.Tile(rows=8, block=64, threads=128))
 
 
 @pytest.fixture

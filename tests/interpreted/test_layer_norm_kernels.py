@@ -7,7 +7,7 @@ import test_layer_norm as norm
 import torch
 from draws import assert_as_exact
 from inputs import DTYPES, every_second
-from nearpeak.norm import triton_tiles
+from nearpeak import triton_row_tiles
 from test_layer_norm import Case
 
 CASES = [
@@ -34,7 +34,7 @@ def test_forward_and_gradients_are_as_exact_as_plain(blocks, dtype, case):
 
 
 def test_a_row_too_wide_for_registers():
-    case = Case(rows=(2,), width=triton_tiles.WHOLE_ROW_FORWARD // 4 + 1)
+    case = Case(rows=(2,), width=triton_row_tiles.WHOLE_ROW_FORWARD // 4 + 1)
     judge(case, [norm.inputs_of(case, torch.float32)])
 
 

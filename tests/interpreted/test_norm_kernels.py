@@ -7,7 +7,7 @@ import test_norm as norm
 import torch
 from draws import assert_as_exact
 from inputs import DTYPES, every_second
-from nearpeak.norm import triton_tiles
+from nearpeak import triton_row_tiles
 from test_norm import Case
 
 CASES = [
@@ -34,7 +34,7 @@ def test_forward_and_gradients_are_as_exact_as_plain(blocks, dtype, case):
 
 
 def test_a_row_too_wide_for_registers():
-    case = Case(rows=(2,), width=triton_tiles.WHOLE_ROW_FORWARD // 4 + 1)
+    case = Case(rows=(2,), width=triton_row_tiles.WHOLE_ROW_FORWARD // 4 + 1)
     judge(case, [norm.inputs_of(case, torch.float32)])
 
 
@@ -49,7 +49,7 @@ def test_where_plain_stays_finite_so_does_nearpeak(blocks, dtype, extreme):
 def test_cast_first_gives_llamas_very_numbers(monkeypatch, dtype):
     """Narrower than what `blocks` calls wide."""
     norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
-    monkeypatch.setattr(triton_tiles, "WHOLE_ROW_FORWARD", 2)
+    monkeypatch.setattr(triton_row_tiles, "WHOLE_ROW_FORWARD", 2)
     norm.test_cast_first_gives_llamas_very_numbers(None, dtype)
 
 

@@ -7,7 +7,8 @@ import test_qk_norm as qk_norm
 import torch
 from draws import assert_as_exact
 from inputs import DTYPES
-from nearpeak.norm import triton_qk_norm, triton_tiles
+from nearpeak import triton_row_tiles
+from nearpeak.norm import triton_qk_norm
 from test_qk_norm import Case
 
 CASES = [case for case in qk_norm.CASES if case.sequence < 30 and case.head_dim < 300]
@@ -31,7 +32,7 @@ def test_forward_and_gradients_are_as_exact_as_plain(dtype, case):
 def test_programs_that_walk_over_several_tiles(monkeypatch):
     for name in ("forward_tile", "backward_tile"):
         monkeypatch.setattr(
-            triton_qk_norm, name, lambda *sizes: triton_tiles.Tile(2, 32, triton_qk_norm.RESIDENT_THREADS)
+            triton_qk_norm, name, lambda *sizes: triton_row_tiles.Tile(2, 32, triton_qk_norm.RESIDENT_THREADS)
         )
     case = Case(head_dim=20)
     judge(case, draws_of(case, torch.float32))

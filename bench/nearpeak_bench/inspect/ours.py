@@ -6,6 +6,7 @@ import torch
 from nearpeak import triton_launch
 from nearpeak.activations import KINDS
 from nearpeak.attention import triton_attention
+from nearpeak.embedding import triton_embedding
 from nearpeak.feedforward import reference as feedforward
 from nearpeak.feedforward import triton_feedforward
 from nearpeak.linear import triton_quantized
@@ -84,6 +85,27 @@ def feedforward_case(width: int, dtype: torch.dtype, name: str, direction: str) 
     }[direction]
     wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0
     return Case(f"feedforward {name} {direction} {width} {_name(dtype)}", launch, wide=wide)
+
+
+EMBEDDING_DIRECTIONS = ("forward", "forward dropped", "backward", "backward dropped", "table")
+
+
+def embedding_case(width: int, dtype: torch.dtype, direction: str, rows: int = 30522) -> Case:
+    """direction: "forward" or "backward", of three tables and a norm, and "dropped" from; or "table"."""
+    ids, seed = _empty(16, 128, dtype=torch.int64), _empty(1, dtype=torch.int64)
+    words, positions, segments = (_empty(count, width, dtype=dtype) for count in (rows, 512, 2))
+    weight, grad = _empty(width, dtype=dtype), _empty(16, 128, width, dtype=dtype)
+    bert = ids, words, positions, None, segments, ids, weight, weight, 1.0, 1e-12
+    launch = {
+        "forward": lambda: triton_embedding.embedding(*bert, None, 0.0, -1, False),
+        "forward dropped": lambda: triton_embedding.embedding(*bert, seed, 0.1, -1, False),
+        "backward": lambda: triton_embedding.hidden_gradient(grad, *bert, None, 0.0),
+        "backward dropped": lambda: triton_embedding.hidden_gradient(grad, *bert, seed, 0.1),
+        "table": lambda: triton_embedding.table_gradient(grad.flatten(0, 1), ids, rows, 1.0, 0),
+    }[direction]
+    # The kernel that hashes rows for dropout reads and writes one number a thread.
+    wide = width * dtype.itemsize % triton_launch.WIDEST_ACCESS == 0 and "dropped" not in direction
+    return Case(f"embedding {direction} {width} {_name(dtype)}", launch, wide=wide)
 
 
 def quantized_linear_case(
@@ -196,6 +218,12 @@ def every_case() -> list[Case]:
         for group_size in (32, 64, 128)
         for rows in (1, 64, 512)
     ]
+    embeddings = [
+        embedding_case(width, dtype, direction)
+        for direction in EMBEDDING_DIRECTIONS
+        for dtype in (bfloat, single)
+        for width in (384, 770, 4096)
+    ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]
     odd += [rotary_case(80, bfloat, interleaved, rotary_dim=32) for interleaved in (False, True)]
@@ -203,7 +231,7 @@ def every_case() -> list[Case]:
     odd += [attention_backward_case(head_dim, half) for head_dim in (16, 80)]
     odd += [attention_backward_case(128, bfloat, group=group) for group in (1, 7)]
     odd += [quantized_linear_case(64, half, bits) for bits in (8, 4)]
-    return norms + rotaries + feedforwards + quantized + attentions + backwards + odd
+    return norms + rotaries + feedforwards + embeddings + quantized + attentions + backwards + odd
 
 
 def common_cases() -> list[Case]:
@@ -214,6 +242,7 @@ def common_cases() -> list[Case]:
         *(norm_case(4096, bfloat, direction, "layer_norm") for direction in ("forward", "backward")),
         rotary_case(128, bfloat, False),
         *(feedforward_case(14336, bfloat, "silu", direction) for direction in ("forward", "backward")),
+        *(embedding_case(768, bfloat, direction) for direction in ("forward", "backward", "table")),
         *(quantized_linear_case(rows, bfloat, 4) for rows in (1, 512)),
         *(attention_case(head_dim, bfloat) for head_dim in (64, 128)),
         attention_case(128, bfloat, length=1),
@@ -225,6 +254,7 @@ FAMILIES = {
     "norm": ("rms_norm", "layer_norm", "qk_norm"),
     "rotary": ("rotary",),
     "feedforward": ("feedforward",),
+    "embedding": ("embedding",),
     "linear": ("quantized_linear",),
     "attention": ("attention",),
 }

@@ -17,7 +17,7 @@
 #include "../../cpu/math.h"
 #include "backward_view.h"
 #include "dropout.h"
-#include "score_terms.h"
+#include "score_program.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -90,9 +90,12 @@ class BackwardBlock {
             float* const gradient = d_scores + row * kScoreStride;
             RowStatistics of_row = statistics[row];
             const KeyRange seen = view.keys_seen_by(row, row + 1);
-            float slopes[kBlockKeys], kept[kBlockKeys];
+            float slopes[kBlockKeys], kept[kBlockKeys], own_slopes[kBlockKeys];
             if (!Gradients::kScoresAreScaled && !weights_are_scaled_late()) scale(weights);
             if (p.softcap > 0) cap(weights, slopes);
+            if (p.has_program()) {
+                modify_row(p, task, view.first_row + row, task.key_begin, kBlockKeys, weights, own_slopes);
+            }
             if (p.has_terms()) add_terms(p, task, view.first_row + row, task.key_begin, task.key_end, weights);
             if (!view.whole) hide(view.first_row + row, weights, gradient, p.softcap > 0 ? slopes : nullptr);
             if (p.drops()) {
@@ -113,6 +116,7 @@ class BackwardBlock {
             } else if (p.d_bias) {
                 add(gradient, view.keys, bias_gradient(view.first_row + row));
             }
+            if (p.has_program()) multiply_by_slopes(gradient, own_slopes);
             if (p.softcap > 0) multiply(gradient, slopes);
         }
         for (int64_t head = 0; bias_sums && head < p.group(); ++head) {
@@ -139,10 +143,18 @@ class BackwardBlock {
 
     // Whether unscaled scores become scaled only as they become P. -infinity keeps its sign only by a positive scale.
     bool weights_are_scaled_late() const {
-        return !Gradients::kScoresAreScaled && p.softcap == 0 && !p.has_terms() && (view.whole || p.scale > 0);
+        return !Gradients::kScoresAreScaled && !p.shapes_scores() && (view.whole || p.scale > 0);
     }
     void scale(float* weights) const {
         for (int64_t k = 0; k < kBlockKeys; k += kLanes) store(weights + k, load(weights + k) * score_factor(p));
+    }
+
+    // A slope is not a number where a score is none: there the gradient is zero, and stays so.
+    static void multiply_by_slopes(float* gradient, const float* slopes) {
+        for (int64_t k = 0; k < kBlockKeys; k += kLanes) {
+            const Float own = load(gradient + k);
+            store(gradient + k, select(own == 0.0f, own, own * load(slopes + k)));
+        }
     }
 
     // rowsum(P dP) as it is defined. With few keys, float32 gradients show how far rowsum(dOut out) is from it, whose

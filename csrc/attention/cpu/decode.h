@@ -24,7 +24,7 @@
 #include "kernels.h"
 #include "mask.h"
 #include "rows.h"
-#include "score_terms.h"
+#include "score_program.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -173,6 +173,7 @@ class Decode {
             for (int k = 0; k < kKeys; ++k) coming_values.next();
             Float score = multiply_keys<kRows>(row, key, end - 1);
             if (p.softcap > 0) score = capped(p, score);
+            if (p.has_program()) modify_vector<kRows>(row, key, score);
             if (p.has_terms()) score += load(memory.terms + (key - begin) * kRows);
             if (masked || key + kKeys > end) {
                 const Int number = lane_numbers() / kRows + static_cast<int32_t>(key - begin);
@@ -219,9 +220,23 @@ class Decode {
         const LaneKeys keys(p, task, [&](int lane) { return task.row_begin + std::min(row + lane % kRows, rows - 1); });
         Unsigned columns = bitcast<Unsigned>(lane_numbers()) / kRows + column_of(task, begin);
         for (int64_t i = 0; i < (end - begin) * kRows; i += kLanes, columns += kLanes / kRows) {
-            const Int kept = is_kept(p, keys.first, keys.second, columns);
+            const Int kept = is_kept(p.dropout, keys.first, keys.second, columns);
             store(memory.scores + i, select(kept, load(memory.scores + i), Float{}));
         }
+    }
+
+    // A vector of scores: of kRows rows, and of the keys from `key` on.
+    template <int kRows>
+    void modify_vector(int64_t row, int64_t key, Float& score) const {
+        ScorePlaces places{static_cast<int32_t>(task.sequence.batch), {}, {}, {}};
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const auto [position, head] = place_of(p, task, task.row_begin + std::min(row + lane % kRows, rows - 1));
+            places.head[0][lane] = static_cast<int32_t>(head);
+            places.query[0][lane] = static_cast<int32_t>(task.sequence.query_begin + position);
+        }
+        places.key[0] = lane_numbers() / kRows + static_cast<int32_t>(task.sequence.key_begin + key);
+        ScoreRunner run(p.score_program);
+        run(places, &score, nullptr, 1);
     }
 
     // As the scores lie: key by key, all rows of a key.

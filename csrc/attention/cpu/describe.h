@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -16,9 +17,10 @@ constexpr int64_t kMaxHeadDim = 576;
 
 using OptionalTensor = std::optional<Tensor>;
 
-// What is added to the scores.
+// What becomes of the scores: what a program makes of them, and what is added.
 struct Terms {
-    OptionalTensor mask, bias, alibi_slopes, sinks;
+    OptionalTensor mask, bias, alibi_slopes, sinks, score_program;
+    std::optional<std::vector<Tensor>> score_tensors;
 };
 
 struct Options {
@@ -38,22 +40,6 @@ struct Bounds {
 
 inline Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
-// A seed of one int64 wherever weights are to be dropped.
-inline bool drops_rightly(const Options& options) {
-    const OptionalTensor& seed = options.dropout_seed;
-    if (!(options.dropout_p >= 0.0 && options.dropout_p < 1.0)) return false;
-    return seed ? seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == torch::headeronly::ScalarType::Long
-                : options.dropout_p == 0.0;
-}
-
-inline Dropout dropout_of(const Options& options) {
-    if (options.dropout_p == 0.0) return {0, 0, 1.0f};
-    const int64_t seed = *static_cast<const int64_t*>(options.dropout_seed->const_data_ptr());
-    const double threshold = std::min(std::nearbyint(options.dropout_p * 0x1p32), 0x1p32 - 1);
-    return {mixed(static_cast<uint64_t>(seed)), static_cast<uint32_t>(threshold),
-            static_cast<float>(1.0 / (1.0 - options.dropout_p))};
-}
-
 inline bool serves(int64_t head_dim) { return head_dim >= 1 && head_dim <= kMaxHeadDim; }
 
 inline bool fits(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
@@ -64,7 +50,7 @@ inline bool fits(const Tensor& query, const Tensor& key, const Tensor& value, co
     const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
     return std::equal(v.begin(), v.begin() + 3, k.begin()) && k[0] == q[0] && k[3] == q[3] && serves(q[3]) &&
            serves(v[3]) && (k[1] == 0 ? q[1] == 0 : q[1] % k[1] == 0) && dense_last(query) && dense_last(key) &&
-           dense_last(value) && drops_rightly(options) &&
+           dense_last(value) && drops_rightly(options.dropout_seed, options.dropout_p) &&
            (!options.softcap || (*options.softcap > 0 && std::isfinite(*options.softcap)));
 }
 
@@ -84,13 +70,98 @@ inline bool is_of_heads(const Tensor& tensor, const Tensor& query, bool or_batch
 }
 
 inline bool fit(const Terms& terms, const Tensor& query, const Tensor& key) {
-    const auto& [mask, bias, alibi_slopes, sinks] = terms;
+    const auto& [mask, bias, alibi_slopes, sinks, score_program, score_tensors] = terms;
     if (mask && !(is_of_pairs(*mask, query, key) && mask->scalar_type() == torch::headeronly::ScalarType::Bool)) {
         return false;
     }
     return (!bias || (is_of_pairs(*bias, query, key) && same_kind(*bias, query, true))) &&
            (!alibi_slopes || is_of_heads(*alibi_slopes, query, true)) && (!sinks || is_of_heads(*sinks, query, false));
 }
+
+// A score program as the kernels read it. Raises where it is none: where an operand is no value before its instruction,
+// or a tensor is not there.
+class ReadableProgram {
+  public:
+    explicit ReadableProgram(const Terms& terms) {
+        if (!terms.score_program) return;
+        if (terms.score_tensors) {
+            for (const Tensor& tensor : *terms.score_tensors) add_tensor(tensor);
+        }
+        const Tensor& rows = *terms.score_program;
+        const bool fits = rows.is_cpu() && rows.dim() == 2 && rows.size(0) > 0 && rows.size(1) == kRow &&
+                          rows.size(0) - 1 + kScoreArguments <= kMostScoreValues &&
+                          rows.scalar_type() == torch::headeronly::ScalarType::Long;
+        require(fits, "attention: score_program");
+        const Tensor dense = made_contiguous(rows);
+        const auto* row = static_cast<const int64_t*>(dense.const_data_ptr());
+        const auto count = static_cast<int32_t>(rows.size(0) - 1);
+        for (int32_t number = 0; number < count; ++number, row += kRow) add_instruction(row, kScoreArguments + number);
+        const int32_t values = kScoreArguments + count;
+        require(row[0] >= 0 && row[0] < values && row[1] >= 0 && row[1] < values && row[2] >= 0 && row[2] <= count &&
+                    row[0] < kScoreArguments + row[2],
+                "attention: score_program");
+        view = {instructions.data(),
+                tensors.data(),
+                count,
+                static_cast<int32_t>(row[2]),
+                static_cast<int32_t>(row[0]),
+                static_cast<int32_t>(row[1])};
+        instructions.push_back({});  // so that a program without instructions is one, too
+        view.instructions = instructions.data();
+    }
+
+    ScoreProgram view;
+
+  private:
+    static constexpr int64_t kRow = 5;
+
+    void add_tensor(const Tensor& tensor) {
+        using torch::headeronly::ScalarType;
+        const bool integers = tensor.scalar_type() == ScalarType::Int;
+        require(tensor.is_cpu(), "attention: score_tensors");
+        kept.push_back(made_contiguous(integers ? tensor : torch::stable::to(tensor, ScalarType::Float)));
+        tensors.push_back({kept.back().const_data_ptr(), kept.back().numel()});
+        are_integers.push_back(integers);
+    }
+
+    void add_instruction(const int64_t* row, int32_t number) {
+        using Op = ScoreOperation;
+        require(row[0] >= 0 && row[0] < static_cast<int64_t>(Op::end), "attention: score_program");
+        const auto operation = static_cast<Op>(row[0]);
+        ScoreInstruction made{operation, 0, 0, 0, 0, 0.0f};
+        int32_t* const operands[] = {&made.a, &made.b, &made.c, &made.d};
+        const auto narrow = [&](int column) { *operands[column] = static_cast<int32_t>(row[1 + column]); };
+        const auto value = [&](int column) {
+            require(row[1 + column] >= 0 && row[1 + column] < number, "attention: score_program");
+            narrow(column);
+        };
+        if (operation == Op::constant) {
+            double constant;
+            std::memcpy(&constant, row + 1, sizeof(constant));
+            made.constant = static_cast<float>(constant);
+        } else if (operation == Op::integer) {
+            narrow(0);
+        } else if (operation == Op::load || operation == Op::load_integer) {
+            const bool exists = row[1] >= 0 && row[1] < static_cast<int64_t>(tensors.size());
+            require(exists && are_integers[row[1]] == (operation == Op::load_integer), "attention: score_program");
+            narrow(0);
+            value(1);
+        } else if (operation == Op::index) {
+            value(0);
+            narrow(1);
+            narrow(2);
+            value(3);
+        } else {
+            for (int column = 0; column < 3; ++column) value(column);
+        }
+        instructions.push_back(made);
+    }
+
+    std::vector<ScoreInstruction> instructions;
+    std::vector<ScoreTensor> tensors;
+    std::vector<bool> are_integers;
+    std::vector<Tensor> kept;
+};
 
 // The tensor itself, or a copy whose last dimension is dense.
 inline Tensor made_dense_last(const Tensor& tensor) {
@@ -183,7 +254,7 @@ inline void describe(Call& p, const Tensor& query, const Tensor& key, const Tens
     p.window_left = options.window_left ? std::clamp(*options.window_left, -kOpen, kOpen) : kOpen;
     p.window_right = options.window_right ? std::clamp(*options.window_right, -kOpen, kOpen) : kOpen;
     p.dtype = dtype_of(query);
-    p.dropout = dropout_of(options);
+    p.dropout = dropout_of(options.dropout_seed, options.dropout_p);
     if (terms.mask) p.mask = {terms.mask->const_data_ptr(), broadcast_strides(*terms.mask), Dtype{}};
     if (terms.bias) p.bias = {terms.bias->const_data_ptr(), broadcast_strides(*terms.bias), dtype_of(*terms.bias)};
     if (terms.alibi_slopes) {

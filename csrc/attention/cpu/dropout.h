@@ -1,39 +1,19 @@
-// Which of a row's weights dropout keeps: kernels/nearpeak/attention/dropout.py, which defines it, bit for bit.
-//
-// A hash of the seed, the head, the row and the column decides, and of nothing else: so tiles, threads and instruction
-// sets agree, and backward need not store what forward drew. Per row two numbers are made with 64-bit arithmetic; per
-// weight they are mixed with the column in 32 bits, in twelve vector instructions.
+// Which of a row's weights dropout keeps.
 #pragma once
 
-#include "../../cpu/vector.h"
+#include "../../cpu/dropout.h"
 #include "rows.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
-struct RowKeys {
-    uint32_t first, second;
-};
-
 inline RowKeys row_keys(const Call& p, const Task& task, int64_t row) {
     const auto [position, head] = place_of(p, task, row);
-    const uint64_t of_head = mixed(p.dropout.mixed_seed + static_cast<uint64_t>(task.sequence.batch * p.heads + head));
-    const uint64_t of_row = mixed(of_head + static_cast<uint64_t>(task.sequence.query_begin + position));
-    return {static_cast<uint32_t>(of_row), static_cast<uint32_t>(of_row >> 32)};
+    return p.dropout.row_keys(task.sequence.batch * p.heads + head, task.sequence.query_begin + position);
 }
 
-// Columns are counted in the key tensor, in 32 bits: masks repeat after 2^32 of them.
+// Columns are counted in the key tensor.
 inline uint32_t column_of(const Task& task, int64_t key) {
     return static_cast<uint32_t>(task.sequence.key_begin + key);
-}
-
-// `columns` and the rows' keys, lane by lane.
-inline Int is_kept(const Call& p, Unsigned first, Unsigned second, Unsigned columns) {
-    Unsigned x = columns + first;
-    x = (x ^ (x >> 16)) * 0x21f0aaadu;
-    x ^= second;
-    x = (x ^ (x >> 15)) * 0xd35a2d97u;
-    x ^= x >> 15;
-    return bitcast<Int>(x >= p.dropout.threshold);
 }
 
 // The keys of kLanes rows: row(lane) is the number of each.
@@ -59,7 +39,7 @@ class WeightFilter {
 
     Float operator()(int64_t k, Float weight) const {
         const Unsigned columns = Unsigned{} + (column + static_cast<uint32_t>(k));
-        return select(is_kept(p, keys.first, keys.second, columns), weight, Float{});
+        return select(is_kept(p.dropout, keys.first, keys.second, columns), weight, Float{});
     }
 
   private:
@@ -81,7 +61,7 @@ inline void dropout_factors(const Call& p, const Task& task, int64_t row, int64_
     const RowKeys keys = row_keys(p, task, row);
     Unsigned columns = bitcast<Unsigned>(lane_numbers()) + column_of(task, begin);
     for (int64_t k = 0; k < end - begin; k += kLanes, columns += kLanes) {
-        const Int kept = is_kept(p, Unsigned{} + keys.first, Unsigned{} + keys.second, columns);
+        const Int kept = is_kept(p.dropout, Unsigned{} + keys.first, Unsigned{} + keys.second, columns);
         store(factors + k, select(kept, broadcast(p.dropout.scale), Float{}));
     }
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../cpu/dropout.h"
 #include "../../cpu/dtype.h"
 #include "../../cpu/isa.h"
 #include "../../cpu/turn.h"
@@ -28,20 +29,6 @@ struct Sequence {
     int64_t padded_begin;  // of a key head's rows, in what backward keeps of every row
 };
 
-// splitmix64's, by which dropout.h makes numbers that look random of numbers in order.
-inline uint64_t mixed(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-// A weight is kept where its hash is at least `threshold`, and then multiplied by `scale`.
-struct Dropout {
-    uint64_t mixed_seed;
-    uint32_t threshold;  // 0 keeps all
-    float scale;         // 1 without dropout
-};
-
 // A block of keys that a block of queries sees: its number, and which of the masks' bits say what of it, -1 for all.
 struct BlockEntry {
     int32_t block, part;
@@ -54,6 +41,79 @@ struct BlockTables {
     const uint8_t* bits;        // (parts, rows, keys), bytes of 0 and 1
     int64_t batch_stride, head_stride;  // of starts; 0 where they broadcast
     int64_t rows, keys;                 // of a block
+};
+
+// The operations of score programs, numbered as in kernels/nearpeak/attention/score_mod.py.
+enum class ScoreOperation : int32_t {
+    constant,
+    integer,
+    load,
+    load_integer,
+    index,
+    add,
+    subtract,
+    multiply,
+    divide,
+    minimum,
+    maximum,
+    negative,
+    absolute,
+    exp,
+    log,
+    sqrt,
+    tanh,
+    sigmoid,
+    sin,
+    cos,
+    power,
+    floor,
+    select,
+    less,
+    less_equal,
+    equal,
+    add_integers,
+    subtract_integers,
+    multiply_integers,
+    floor_divide,
+    remainder,
+    minimum_integers,
+    maximum_integers,
+    negative_integer,
+    absolute_integer,
+    less_integers,
+    less_equal_integers,
+    equal_integers,
+    select_integers,
+    both,
+    either,
+    one_alone,
+    opposite,
+    to_float,
+    truth_to_float,
+    truth_to_integer,
+    to_integer,
+    end
+};
+
+struct ScoreInstruction {
+    ScoreOperation operation;
+    int32_t a, b, c, d;  // values before it, or what the operation takes them for
+    float constant;
+};
+
+struct ScoreTensor {
+    const void* data;  // floats or int32
+    int64_t count;
+};
+
+// Values 0 to 4 are the score, batch entry, head, query and key; each instruction makes the next.
+constexpr int32_t kScoreArguments = 5, kMostScoreValues = 96;
+
+struct ScoreProgram {
+    const ScoreInstruction* instructions = nullptr;
+    const ScoreTensor* tensors = nullptr;
+    int32_t count = 0, value_count = 0;  // instructions in all, and those that the new score alone needs
+    int32_t value = 0, derivative = 0;   // which values these are
 };
 
 // What both directions need.
@@ -77,12 +137,16 @@ struct Call {
     const float* sinks;  // (heads), or null
     Dropout dropout;
     BlockTables blocks;
+    ScoreProgram score_program;
 
     bool has_terms() const { return bias.data || mask.data || alibi_slopes; }
-    bool drops() const { return dropout.threshold > 0; }
+    bool has_program() const { return score_program.instructions; }
+    // Whether scores are more than scaled products before they are masked.
+    bool shapes_scores() const { return softcap > 0 || has_terms() || has_program(); }
+    bool drops() const { return dropout.drops(); }
     // Whether eager operators alone do such a call in PyTorch, forward and backward: then gradients are held against
     // exact softmax, where else against its fused backward's too.
-    bool eager_elsewhere() const { return softcap > 0 || has_terms() || sinks || drops() || value_dim != head_dim; }
+    bool eager_elsewhere() const { return shapes_scores() || sinks || drops() || value_dim != head_dim; }
 
     // Rows are the (position, head) pairs that share one key head, heads of a position next to each other: so that
     // grouped heads share what is loaded, and a run of rows spans few positions under a causal mask.

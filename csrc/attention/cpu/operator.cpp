@@ -129,6 +129,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& query, const Tensor& key, c
     Tensor lse = empty_floats({sizes[0], sizes[1], sizes[2]});
     Forward p{};
     describe(p, query, key, value, terms, options, sequences);
+    const ReadableProgram score_program(terms);
+    p.score_program = score_program.view;
     if (blocks) p.blocks = tables_of(*blocks);
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
@@ -145,22 +147,26 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                      double scale, std::optional<double> softcap, OptionalTensor mask,
                                      OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks,
                                      OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
-                                     OptionalTensor dropout_seed, double dropout_p) {
-    return run_forward(query, key, value, {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                                     OptionalTensor dropout_seed, double dropout_p, OptionalTensor score_program,
+                                     std::optional<std::vector<Tensor>> score_tensors) {
+    return run_forward(query, key, value,
+                       {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks),
+                        std::move(score_program), std::move(score_tensors)},
                        {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
                        {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, nullptr);
 }
 
-std::tuple<Tensor, Tensor> attention_blocks(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const Tensor& block_starts, const Tensor& block_entries,
-                                            const Tensor& block_bits, std::optional<int64_t> window_left,
-                                            std::optional<int64_t> window_right, double scale,
-                                            std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias,
-                                            OptionalTensor alibi_slopes, OptionalTensor sinks,
-                                            OptionalTensor query_starts, OptionalTensor key_starts,
-                                            OptionalTensor key_ends, OptionalTensor dropout_seed, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_blocks(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& block_starts,
+    const Tensor& block_entries, const Tensor& block_bits, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, double scale, std::optional<double> softcap, OptionalTensor mask,
+    OptionalTensor bias, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor query_starts,
+    OptionalTensor key_starts, OptionalTensor key_ends, OptionalTensor dropout_seed, double dropout_p,
+    OptionalTensor score_program, std::optional<std::vector<Tensor>> score_tensors) {
     const BlockTensors blocks = readable_blocks(block_starts, block_entries, block_bits, query, key);
-    return run_forward(query, key, value, {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+    return run_forward(query, key, value,
+                       {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks),
+                        std::move(score_program), std::move(score_tensors)},
                        {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
                        {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, &blocks);
 }
@@ -252,6 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_gradients(const Results& results,
     Tensor d_bias = zeros_for_bias(terms.bias, bias_gradient);
     Backward p{};
     describe(p, query, key, value, terms, options, sequences);
+    const ReadableProgram score_program(terms);
+    p.score_program = score_program.view;
     if (blocks) p.blocks = tables_of(*blocks);
     p.out = out.const_data_ptr();
     p.grad_out = grad_out.const_data_ptr();
@@ -296,9 +304,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& out, const Tensor& lse, std::optional<int64_t> window_left, std::optional<int64_t> window_right,
     double scale, std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
-    OptionalTensor dropout_seed, double dropout_p, bool bias_gradient) {
+    OptionalTensor dropout_seed, double dropout_p, OptionalTensor score_program,
+    std::optional<std::vector<Tensor>> score_tensors, bool bias_gradient) {
     return run_gradients({grad_out, grad_lse, out, lse, bias_gradient}, query, key, value,
-                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks),
+                          std::move(score_program), std::move(score_tensors)},
                          {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
                          {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, nullptr);
 }
@@ -309,10 +319,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_blocks_backward(
     const Tensor& block_bits, std::optional<int64_t> window_left, std::optional<int64_t> window_right, double scale,
     std::optional<double> softcap, OptionalTensor mask, OptionalTensor bias, OptionalTensor alibi_slopes,
     OptionalTensor sinks, OptionalTensor query_starts, OptionalTensor key_starts, OptionalTensor key_ends,
-    OptionalTensor dropout_seed, double dropout_p, bool bias_gradient) {
+    OptionalTensor dropout_seed, double dropout_p, OptionalTensor score_program,
+    std::optional<std::vector<Tensor>> score_tensors, bool bias_gradient) {
     const BlockTensors blocks = readable_blocks(block_starts, block_entries, block_bits, query, key);
     return run_gradients({grad_out, grad_lse, out, lse, bias_gradient}, query, key, value,
-                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks)},
+                         {std::move(mask), std::move(bias), std::move(alibi_slopes), std::move(sinks),
+                          std::move(score_program), std::move(score_tensors)},
                          {window_left, window_right, scale, softcap, std::move(dropout_seed), dropout_p},
                          {std::move(query_starts), std::move(key_starts), std::move(key_ends)}, &blocks);
 }

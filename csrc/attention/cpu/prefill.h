@@ -18,7 +18,7 @@
 #include "dropout.h"
 #include "panel.h"
 #include "panel_mask.h"
-#include "score_terms.h"
+#include "score_program.h"
 
 namespace nearpeak::attention::NEARPEAK_ISA {
 
@@ -105,6 +105,9 @@ class Prefill {
         products.score(panel, begin, end, scores);
         if (!Products::kScoresAreScaled && !softmax_scales()) scale_scores(end - begin);
         if (p.softcap > 0) cap_scores(end - begin);
+        if (p.has_program()) {
+            for (int half = 0; half < kPanelVectors; ++half) modify_scores(rows, half, begin, end);
+        }
         if (p.has_terms()) {
             for (int half = 0; half < kPanelVectors; ++half) add_terms_of(rows, half, begin, end);
         }
@@ -128,9 +131,7 @@ class Prefill {
 
     // Whether softmax is given unscaled scores, and scales them on the way. A factor that is not positive would turn
     // the maximum around.
-    bool softmax_scales() const {
-        return !Products::kScoresAreScaled && score_factor(p) > 0 && p.softcap == 0 && !p.has_terms();
-    }
+    bool softmax_scales() const { return !Products::kScoresAreScaled && score_factor(p) > 0 && !p.shapes_scores(); }
 
     void scale_scores(int64_t keys) {
         const float factor = score_factor(p);
@@ -139,6 +140,29 @@ class Prefill {
 
     void cap_scores(int64_t keys) {
         for (int64_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, capped(p, load(scores + i)));
+    }
+
+    void modify_scores(PanelRows rows, int half, int64_t begin, int64_t end) {
+        ScoreRunner run(p.score_program);
+        ScorePlaces places{static_cast<int32_t>(task.sequence.batch), {}, {}, {}};
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const auto [position, head] = place_of(p, task, std::min(rows.begin + half * kLanes + lane, rows.end - 1));
+            places.head[0][lane] = static_cast<int32_t>(head);
+            places.query[0][lane] = static_cast<int32_t>(task.sequence.query_begin + position);
+        }
+        std::fill_n(places.head + 1, kVectorsTogether - 1, places.head[0]);
+        std::fill_n(places.query + 1, kVectorsTogether - 1, places.query[0]);
+        for (int64_t key = begin; key < end; key += kVectorsTogether) {
+            const int count = static_cast<int>(std::min<int64_t>(kVectorsTogether, end - key));
+            float* const at = scores + (key - begin) * kPanel + half * kLanes;
+            Float block[kVectorsTogether];
+            for (int i = 0; i < count; ++i) {
+                places.key[i] = broadcast(static_cast<int32_t>(task.sequence.key_begin + key + i));
+                block[i] = load(at + i * kPanel);
+            }
+            run(places, block, nullptr, count);
+            for (int i = 0; i < count; ++i) store(at + i * kPanel, block[i]);
+        }
     }
 
     void add_terms_of(PanelRows rows, int half, int64_t begin, int64_t end) {

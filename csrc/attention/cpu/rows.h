@@ -72,10 +72,11 @@ inline void write_lse(const Forward& p, const Task& task, int64_t row, float max
 
 // Scores are kept in base 2, scaled by log2(e), as the exponential wants them. Without a softcap that factor goes
 // into the query. A softcap stands between, and its slope shows each rounding of a product: so queries stay as they
-// are.
-inline float score_factor(const Call& p) { return p.softcap > 0 ? 1.0f : p.scale * kLog2E; }
+// are. A score program is given scores as they are, and leaves them in base 2.
+inline float base_factor(const Call& p) { return p.has_program() ? 1.0f : kLog2E; }
+inline float score_factor(const Call& p) { return p.softcap > 0 ? 1.0f : p.scale * base_factor(p); }
 inline float before_cap(const Call& p) { return p.scale / p.softcap; }
-inline float after_cap(const Call& p) { return p.softcap * kLog2E; }
+inline float after_cap(const Call& p) { return p.softcap * base_factor(p); }
 
 inline Float capped(const Call& p, Float scores) { return tanh(scores * before_cap(p)) * after_cap(p); }
 

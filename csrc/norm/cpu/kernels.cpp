@@ -10,21 +10,16 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <type_traits>
 
 #include "../../cpu/past_cache.h"
-#include "../../cpu/two.h"
+#include "../../cpu/row_norm.h"
 
 namespace nearpeak::norm::NEARPEAK_ISA {
 
 using namespace nearpeak::NEARPEAK_ISA;
 
 namespace {
-
-// Independent sums, of two vectors each, hide the adder's latency: 4 cycles, at 2 additions a cycle.
-constexpr int kSums = 4;
 
 // A row's inputs; those of the next row are fetched while this one's outputs are written, which else leaves memory's
 // reading side idle.
@@ -39,37 +34,6 @@ auto load_hidden(Inputs<T> row, int64_t column, Lanes lanes) {
     // As rounded for storage, so that backward sees the same numbers.
     if constexpr (kResidual) h = rounded_to<T>(h + load(row.residual + column, lanes));
     return h;
-}
-
-// Means over a row of d = hidden - shift and of its square; for RMSNorm the shift is 0, and `difference` is not found.
-struct Means {
-    float difference, square;
-
-    float variance() const { return square - difference * difference; }
-
-    // A shift further from the mean than the standard deviation costs digits; this one costs half of one.
-    bool need_another_shift() const { return difference * difference > variance(); }
-};
-
-// Adds up this many columns before it adds them to the rest: long sums in float32 lose digits.
-constexpr int64_t kSumBlock = 4096;
-
-// The means over `width` columns of kCount values: add(column, lanes, sums) adds those of a vector to Float
-// sums[kCount].
-template <class T, int kCount, int kSlots, class Add>
-[[gnu::always_inline]] inline std::array<float, kCount> means_over(int64_t width, Add add) {
-    Float totals[kCount] = {};
-    for (int64_t begin = 0; begin < width; begin += kSumBlock) {
-        Float sums[kSlots][kCount] = {};
-        for_each_two<T, kSlots>(std::min(kSumBlock, width - begin),
-                                [&](int64_t column, auto lanes, int slot) { add(begin + column, lanes, sums[slot]); });
-        for (int slot = 0; slot < kSlots; ++slot) {
-            for (int value = 0; value < kCount; ++value) totals[value] += sums[slot][value];
-        }
-    }
-    std::array<float, kCount> means;
-    for (int value = 0; value < kCount; ++value) means[value] = sum(totals[value]) / static_cast<float>(width);
-    return means;
 }
 
 // x + residual goes to `sum_row`.
@@ -98,26 +62,6 @@ float mean_of_sample(Inputs<T> row, int64_t width) {
         sums[0] += total_of(load_hidden<T, kResidual>(row, column, lanes));
     })[0];
 }
-
-// n = (hidden - shift) * r - drift; for RMSNorm n = hidden * r.
-template <bool kCentred>
-struct Normaliser {
-    float r, shift, drift;
-
-    Normaliser(float shift, Means means, float eps) : shift(shift) {
-        r = 1.0f / std::sqrt((kCentred ? std::max(means.variance(), 0.0f) : means.square) + eps);
-        drift = means.difference * r;
-    }
-
-    template <class Values>
-    Values operator()(Values hidden) const {
-        if constexpr (kCentred) {
-            return (hidden - shift) * r - drift;
-        } else {
-            return hidden * r;
-        }
-    }
-};
 
 template <class T, bool kCentred, bool kResidual>
 Normaliser<kCentred> normaliser_of_row(Inputs<T> row, T* sum_row, int64_t width, float eps) {
@@ -186,20 +130,6 @@ void forward_rows(const Forward& p, int64_t begin, int64_t end, T* scratch) {
     if (kPastCache) fence_stores_past_cache();
 }
 
-// With g = grad * (offset + weight), each followed by + grad_hidden:
-//     RMSNorm      d_hidden = r * (g - hidden * share)      share = r^2 mean(g hidden)
-//     LayerNorm    d_hidden = r * (g - n * share - mean)    share = mean(g n),  mean = mean(g)
-template <bool kCentred>
-struct RowGradient {
-    Normaliser<kCentred> normalise;
-    float share, mean;
-};
-
-// Means over a row that backward needs, of d = hidden - shift.
-struct BackwardMeans : Means {
-    float product, gradient;  // of d g, and where kCentred of g
-};
-
 template <class T, bool kCentred, class Weighted>
 BackwardMeans backward_means(const T* grad, const T* hidden, float shift, int64_t width, const Weighted& weighted) {
     const auto [difference, square, product, gradient] =
@@ -225,18 +155,7 @@ RowGradient<kCentred> gradient_of_row(const Backward& p, const T* grad, const T*
         shift += means.difference;
         means = backward_means<T, kCentred>(grad, hidden, shift, p.width, weighted);
     }
-    const Normaliser<kCentred> normalise(shift, means, p.eps);
-    const float r = normalise.r;
-    if constexpr (kCentred) {
-        return {normalise, means.product * r - means.gradient * normalise.drift, means.gradient};
-    } else {
-        return {normalise, r * r * means.product, 0.0f};
-    }
-}
-
-template <class Values, class Lanes>
-void add_to(float* sums, Values values, Lanes lanes) {
-    store(sums, load(sums, lanes) + values, lanes);
+    return {shift, means, p.eps};
 }
 
 template <class T, class W, bool kCentred>
@@ -250,9 +169,7 @@ void backward_row(const Backward& p, const T* grad, const T* hidden, const T* gr
     for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
         const auto h = load(hidden + column, lanes), n = row.normalise(h);
         const auto g = load(grad + column, lanes);
-        auto d = weighted(g, column, lanes) - (kCentred ? n : h) * row.share;
-        if constexpr (kCentred) d = d - row.mean;
-        d = d * row.normalise.r;
+        auto d = row(weighted(g, column, lanes), h, n);
         if (grad_hidden) d = d + load(grad_hidden + column, lanes);
         if (sums.weight) add_to(sums.weight + column, g * n, kept(lanes));
         if constexpr (kCentred) {
@@ -312,16 +229,7 @@ void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums) {
 
 void sum_parts(const Backward& p, Parts parts, void* total, int64_t begin, int64_t end) {
     with_types(p, [&](auto* t, auto* w) {
-        using T = std::remove_pointer_t<decltype(t)>;
-        auto* to = static_cast<decltype(w)>(total) + begin;
-        const float* from = parts.sums + begin;
-        for_each_two<T>(end - begin, [&](int64_t column, auto lanes, int) {
-            auto value = load(from + column, kept(lanes));
-            for (int64_t part = 1; part < parts.count; ++part) {
-                value = value + load(from + part * parts.stride + column, kept(lanes));
-            }
-            store(to + column, value, lanes);
-        });
+        add_up_parts<std::remove_pointer_t<decltype(t)>>(parts, static_cast<decltype(w)>(total), begin, end);
     });
 }
 

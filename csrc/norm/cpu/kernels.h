@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../cpu/column_sums.h"
 #include "../../cpu/isa.h"
 #include "../call.h"
 
@@ -16,23 +17,6 @@ struct Forward : ForwardCall {
 };
 
 using Backward = BackwardCall;
-
-// Sums over rows, one float32 for each column, that backward adds to. They are kept as the instruction set likes them,
-// and only sum_parts can read them; a row of them holds padded(width) floats.
-struct ColumnSums {
-    float *weight, *bias;  // either null where its gradient is not wanted
-};
-
-constexpr int64_t kMostLanes = 16;
-constexpr int64_t padded(int64_t width) { return (width + kMostLanes - 1) / kMostLanes * kMostLanes; }
-
-// sum_parts may begin at multiples of this many columns.
-constexpr int64_t kColumnBlock = 2 * kMostLanes;
-
-struct Parts {
-    const float* sums;
-    int64_t count, stride;  // floats from one part to the next
-};
 
 struct Kernels {
     // Rows [begin, end). `scratch` holds a row of x's type where the call needs it.

@@ -3,6 +3,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../../cpu/row_parts.h"
 #include "../../cpu/scratch.h"
 #include "../../cpu/tensors.h"
 #include "../describe.h"
@@ -12,12 +13,6 @@ namespace nearpeak::norm {
 namespace {
 
 const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
-
-// Rows below this many elements in all are not worth a second thread: waking one costs about 5 us, in which one
-// core of the machines measured (2 x Zen 3, 2 x Sapphire Rapids) normalises about 32768 floats.
-constexpr int64_t kElementsPerThread = 32768;
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, width)); }
 
 bool aligned(const void* pointer, int64_t row_bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0 && row_bytes % 64 == 0;
@@ -49,7 +44,7 @@ void run_forward(const Tensor& x, const Optional& residual, const Optional& weig
     p.past_cache = reused && elements * element_size >= past_cache_bytes() && aligned(p.y, p.width * element_size) &&
                    aligned(p.hidden, p.width * element_size);
     const Kernels* kernels = kKernels[selected_isa()];
-    torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, p.rows, rows_per_thread(p.width), [&](int64_t begin, int64_t end) {
         kernels->forward(p, begin, end, thread_scratch(p.needs_scratch() ? p.width : 0));
     });
 }
@@ -109,47 +104,16 @@ void layer_norm_out(const Tensor& x, const Optional& weight, const Optional& bia
     run_forward(x, residual, weight, bias, layer_norm_formula(eps), out, residual_out ? &*residual_out : nullptr, true);
 }
 
-// The gradients of weight and bias are summed over fixed parts of the rows, and these in a fixed order: the same bits
-// whatever the number of threads.
-constexpr int64_t kParts = 32, kRowsPerPart = 16;
-
 Tensor gradient_of(const Optional& parameter, const Tensor& hidden) {
     return parameter ? empty_laid_out_like(*parameter) : empty_like_dtype(hidden, {0});
 }
 
-// Writes d_weight and d_bias, unless null, from the sums of each part.
-void run_sums(const Backward& p, const Kernels* kernels, Parts parts, const Tensor* d_weight, const Tensor* d_bias) {
-    const int64_t blocks = (p.width + kColumnBlock - 1) / kColumnBlock;
-    const int64_t blocks_per_thread = std::max<int64_t>(1, kElementsPerThread / parts.count / kColumnBlock);
-    for (const Tensor* total : {d_weight, d_bias}) {
-        if (!total) continue;
-        torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
-            kernels->sum_parts(p, parts, total->mutable_data_ptr(), begin * kColumnBlock,
-                               std::min(end * kColumnBlock, p.width));
-        });
-        parts.sums += padded(p.width);
-    }
-}
-
 void run_backward(const Backward& p, const Tensor* d_weight, const Tensor* d_bias) {
     const Kernels* kernels = kKernels[selected_isa()];
-    if (!d_weight && !d_bias) {
-        torch::stable::parallel_for(0, p.rows, grain(p.width), [&](int64_t begin, int64_t end) {
-            kernels->backward(p, begin, end, {nullptr, nullptr});
-        });
-        return;
-    }
-    const int64_t parts = std::clamp<int64_t>(p.rows / kRowsPerPart, 1, kParts);
-    const int64_t of_weight = d_weight ? padded(p.width) : 0, stride = of_weight + (d_bias ? padded(p.width) : 0);
-    Tensor sums = empty_floats({parts, stride});
-    torch::stable::zero_(sums);
-    float* data = static_cast<float*>(sums.mutable_data_ptr());
-    parallel_tasks(parts, [&](int64_t part) {
-        float* of_part = data + part * stride;
-        kernels->backward(p, p.rows * part / parts, p.rows * (part + 1) / parts,
-                          {d_weight ? of_part : nullptr, d_bias ? of_part + of_weight : nullptr});
-    });
-    run_sums(p, kernels, {data, parts, stride}, d_weight, d_bias);
+    run_in_parts(
+        p.rows, p.width, d_weight, d_bias,
+        [&](int64_t begin, int64_t end, ColumnSums sums) { kernels->backward(p, begin, end, sums); },
+        [&](Parts parts, void* total, int64_t begin, int64_t end) { kernels->sum_parts(p, parts, total, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& hidden, const Optional& weight,

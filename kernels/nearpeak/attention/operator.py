@@ -9,10 +9,11 @@ import math
 
 import torch
 
-from .. import backends, operators
+from .. import backends, dropout, operators
 from ..checks import check_dense_last, check_float_of, check_floating, check_same_kind
 from . import block_mask as block_masks
 from . import reference
+from . import score_mod as score_mods
 
 if backends.missing("triton") is None:
     from . import triton_attention as triton_kernels
@@ -31,7 +32,8 @@ def _shapes(query, key, value, *options):
 def _backward_shapes(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
+    score_program=None, score_tensors=None, bias_gradient=False,
 ):  # fmt: skip
     d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
     return *(operators.empty_laid_out_like(t) for t in (query, key, value)), d_bias
@@ -47,13 +49,16 @@ def _save_for_attention_blocks(ctx, inputs, output):
 
 def _save(ctx, tensors, blocks, options, output):
     ctx.options, terms, ctx.dropout_p = options[:4], options[4:12], options[12]
-    ctx.save_for_backward(*tensors, *output, *terms, *blocks)
+    score_program, score_tensors = options[13:]
+    ctx.saved_blocks = len(blocks)
+    ctx.save_for_backward(*tensors, *output, *terms, *blocks, score_program, *(score_tensors or ()))
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradient(ctx, grad_out, grad_lse):
     query, key, value, out, lse, *rest = ctx.saved_tensors
-    terms, blocks = rest[:8], rest[8:]
+    terms, blocks = rest[:8], rest[8 : 8 + ctx.saved_blocks]
+    score_program, *score_tensors = rest[8 + ctx.saved_blocks :]
     _, bias, _, sinks, *_ = terms
     if grad_out is None:
         grad_out = torch.zeros_like(out)
@@ -62,10 +67,11 @@ def _attention_gradient(ctx, grad_out, grad_lse):
     of_sinks = sinks is not None and ctx.needs_input_grad[10 + len(blocks)]
     backward = torch.ops.nearpeak.attention_blocks_backward if blocks else torch.ops.nearpeak.attention_backward
     *gradients, d_bias = backward(
-        grad_out, grad_lse, query, key, value, out, lse, *blocks, *ctx.options, *terms, ctx.dropout_p, of_bias
-    )
+        grad_out, grad_lse, query, key, value, out, lse, *blocks, *ctx.options, *terms, ctx.dropout_p,
+        score_program, score_tensors, of_bias,
+    )  # fmt: skip
     d_sinks = reference.sinks_gradient(grad_out, grad_lse, out, lse, sinks) if of_sinks else None
-    return *gradients, *[None] * (5 + len(blocks)), d_bias if of_bias else None, None, d_sinks, *[None] * 5
+    return *gradients, *[None] * (5 + len(blocks)), d_bias if of_bias else None, None, d_sinks, *[None] * 7
 
 
 def _check(
@@ -148,28 +154,18 @@ def _check_softcap(softcap):
         raise ValueError(f"softcap must be positive and finite, or None for no softcap, not {softcap!r}")
 
 
-def _check_dropout(dropout_p, seed, device):
-    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
-        raise ValueError(f"dropout_p must be a number from 0 to less than 1, not {dropout_p!r}")
-    if seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63):
-        return
-    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64:
-        raise TypeError(f"dropout_seed must be an integer of 64 bits, or a tensor of int64 with one, not {seed!r}")
-    if seed.dim() != 0 or seed.device != device:
-        raise ValueError(f"dropout_seed must have no dimension and lie on {device}, not have shape {tuple(seed.shape)}")
-
-
 def _check_forward(
     query, key, value, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
-    dropout_seed=None, dropout_p=0.0,
+    dropout_seed=None, dropout_p=0.0, score_program=None, score_tensors=None,
 ):  # fmt: skip
     _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.shape[3] != key.shape[2]:
             raise ValueError(f"{name} must hold an element per key, {key.shape[2]}, not {tensor.shape[3]}")
     _check_softcap(softcap)
-    _check_dropout(dropout_p, dropout_seed, query.device)
+    score_mods.check(score_program, score_tensors, query.device)
+    dropout.check(dropout_p, dropout_seed, query.device)
     if dropout_p > 0.0 and dropout_seed is None:
         raise ValueError("dropout_seed must be given where dropout_p is")
 
@@ -177,9 +173,11 @@ def _check_forward(
 def _check_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
+    score_program=None, score_tensors=None, bias_gradient=False,
 ):  # fmt: skip
-    terms = mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends, dropout_seed, dropout_p
+    terms = mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends
+    terms = *terms, dropout_seed, dropout_p, score_program, score_tensors
     _check_forward(query, key, value, window_left, window_right, scale, softcap, *terms)
     if bias_gradient and bias is None:
         raise ValueError("bias must be given where its gradient is asked for")
@@ -218,7 +216,7 @@ OPTIONS = (
     "SymInt? window_left, SymInt? window_right, float scale, float? softcap, "
     "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
     "Tensor? query_starts=None, Tensor? key_starts=None, Tensor? key_ends=None, "
-    "Tensor? dropout_seed=None, float dropout_p=0.0"
+    "Tensor? dropout_seed=None, float dropout_p=0.0, Tensor? score_program=None, Tensor[]? score_tensors=None"
 )
 
 operators.define(
@@ -279,13 +277,6 @@ def of_all_keys(pairs, key):
     return pairs if pairs.shape[3] != 1 else pairs.expand(*pairs.shape[:3], key.shape[2])
 
 
-def _seed_tensor(seed, device):
-    """The seed given, or one drawn from torch's generator: a tensor, so that compiled graphs hold no number."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
-    return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
-
-
 def _serving_blocks(*differentiable):
     """What serves a call with a block mask."""
     query = differentiable[0]
@@ -298,12 +289,13 @@ def _serving_blocks(*differentiable):
 
 def attention(
     query, key, value, *, causal=False, window=OPEN, scale=None, softcap=None,
-    mask=None, block_mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_p=0.0, dropout_seed=None,
-    query_starts=None, key_starts=None, key_ends=None, return_lse=False,
+    mask=None, block_mask=None, mask_mod=None, score_mod=None, bias=None, alibi_slopes=None, sinks=None,
+    dropout_p=0.0, dropout_seed=None, query_starts=None, key_starts=None, key_ends=None, return_lse=False,
 ):  # fmt: skip
     """Attention: softmax(scale query key^T) value, without ever holding the scores of a whole sequence.
 
         scores = scale * query key^T;   scores = softcap * tanh(scores / softcap)
+        scores = score_mod(scores, batch, head, query, key)
         scores = scores + bias - alibi_slope |p - k|, and -inf where a mask forbids
         out    = drop(exp(scores - lse)) value,   lse = log(exp(sink) + sum(exp(scores)))
 
@@ -324,6 +316,12 @@ def attention(
         block_mask: a `nearpeak.BlockMask` (see `nearpeak.create_block_mask`), or torch's, which is converted at every
             call: blocks of keys that none of a block of queries may look at cost nothing. It counts queries and keys
             in the tensors. On CPU in the kernels, on GPUs in plain PyTorch.
+        mask_mod: a function of (batch, head, query, key), the numbers of a score's places in the tensors, that returns
+            False where the query may not look at the key; asked in the kernels, key by key, where a block_mask is
+            asked once, and spares what it hides.
+        score_mod: a function of (score, batch, head, query, key) that returns the new score: `trace_score_mod` says
+            what it may do. Functions are traced at each call, which takes milliseconds: pass a `ScoreMod` where that
+            counts, and under torch.compile.
         bias: added to the scores; broadcasts likewise. query's dtype, or float32. It gets a gradient.
         alibi_slopes: (heads,) or (batch, heads), the slope of each head; query's dtype, or float32. No gradient.
         sinks: (heads,), the score of one more key per head, whose value is zero. It gets a gradient.
@@ -359,6 +357,8 @@ def attention(
     >>> starts = torch.tensor([0, 30, 100])  # two sequences of 30 and 70 keys, of which 3 and 7 are queries
     >>> out = nearpeak.attention(query, key, key, query_starts=torch.tensor([0, 3, 10]), key_starts=starts)
     >>> out = nearpeak.attention(query, key, key, dropout_p=0.1, dropout_seed=7)
+    >>> out = nearpeak.attention(query, key, key, score_mod=lambda score, b, h, q, k: score - 0.1 * (k - q).abs())
+    >>> out = nearpeak.attention(query, key, key, mask_mod=lambda b, h, q, k: (q // 4 == k // 40) | (k < 5))
     >>> padding = torch.arange(100) < torch.tensor([90])[:, None]  # (batch, key length), True for tokens
     >>> out = nearpeak.attention(query, key, key, mask=padding[:, None, None], bias=torch.randn(8, 10, 100))
     """
@@ -378,8 +378,11 @@ def attention(
         if bias is not None:
             bias = of_all_keys(bias, key)
         if dropout_p != 0.0 or dropout_seed is not None:
-            _check_dropout(dropout_p, dropout_seed, query.device)
-            dropout_seed = _seed_tensor(dropout_seed, query.device)
+            dropout.check(dropout_p, dropout_seed, query.device)
+            dropout_seed = dropout.seed_tensor(dropout_seed, query.device)
+        score_rows = score_program = score_tensors = None
+        if score_mod is not None or mask_mod is not None:
+            score_rows, score_program, score_tensors = score_mods.of_functions(score_mod, mask_mod)
         if block_mask is not None:
             _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
             block_mask = block_masks.fitted(block_mask, query, key)
@@ -387,7 +390,7 @@ def attention(
             serve = _serving_blocks(query, key, value, bias, sinks)
         elif backends.reference_serves(query, kernels=backends.WITHOUT_CUDA):
             _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)
-            serve = reference.attention
+            serve, score_program = reference.attention, score_rows  # numbers, which compilers see
         elif operators.wants_gradient(query, key, value, bias, sinks):
             serve = _attention
         else:
@@ -395,6 +398,7 @@ def attention(
         out, lse = serve(
             query, key, value, *blocks, left, right, scale, softcap,
             mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends, dropout_seed, dropout_p,
+            score_program, score_tensors,
         )  # fmt: skip
     except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError):
         _check(query, key, value, mask, bias, alibi_slopes, sinks, query_starts, key_starts, key_ends)

@@ -2,6 +2,7 @@
 
     scores = scale * query key^T                    (query head h reads key head h // (query heads / key heads))
     scores = softcap * tanh(scores / softcap)       (with a softcap)
+    scores = score_mod(scores, ...)                 (with one: score_mod.py)
     scores = scores + bias                          (with an additive bias)
     scores = scores - slope |p - k|                 (with ALiBi: a slope per head, p and k the positions)
     scores = -inf where a mask forbids              (bottom-right causal, sliding window, boolean mask)
@@ -17,8 +18,10 @@ https://arxiv.org/abs/2108.12409; sinks: https://arxiv.org/abs/2309.17453.
 
 import torch
 
+from .. import dropout
 from ..operators import empty_laid_out_like, widened, without_autocast
-from . import block_mask, dropout
+from . import block_mask
+from .score_program import run as run_score_program
 
 
 def distances(query_length, key_length, device):
@@ -43,10 +46,12 @@ def _scaled_products(query, key, scale):
     return scale * torch.einsum("bhgqd,bhgkd->bhgqk", query, key)
 
 
-def _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes):
-    """The products capped, biased and masked."""
+def _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes, modify):
+    """The products capped, modified, biased and masked."""
     lengths, device = products.shape[-2:], products.device
     scores = products if softcap is None else softcap * torch.tanh(products / softcap)
+    if modify is not None:
+        scores = modify(scores)
     if bias is not None:
         scores = scores + _of_pairs(bias, scores).to(scores.dtype)
     if alibi_slopes is not None:
@@ -56,6 +61,13 @@ def _scores(products, window_left, window_right, softcap, mask, bias, alibi_slop
     if mask is not None:
         forbidden = forbidden | ~_of_pairs(mask, scores)
     return scores.masked_fill(forbidden, float("-inf"))
+
+
+def _modifier(program, tensors, first):
+    """What a score program makes of scores; with `derivative` of their derivative too."""
+    if program is None:
+        return None
+    return lambda scores, derivative=False: run_score_program(program, tensors or (), scores, first, derivative)
 
 
 def _softmax(scores, sinks):
@@ -153,11 +165,11 @@ def _first(batch, queries, keys):
     return batch, queries.start or 0, keys.start
 
 
-def _attention_of_sequences(parts, packed, query, key, value, options, terms, dropping):
+def _attention_of_sequences(parts, packed, query, key, value, options, terms, others):
     results = [
         attention(
             _rows(query, batch, queries), _rows(key, batch, keys), _rows(value, batch, keys),
-            *options, *_terms_of((batch, queries, keys), *terms), **dropping, first=_first(batch, queries, keys),
+            *options, *_terms_of((batch, queries, keys), *terms), **others, first=_first(batch, queries, keys),
         )
         for batch, queries, keys in parts
     ]  # fmt: skip
@@ -168,19 +180,21 @@ def _attention_of_sequences(parts, packed, query, key, value, options, terms, dr
 def attention(
     query, key, value, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None, query_starts=None, key_starts=None, key_ends=None,
-    dropout_seed=None, dropout_p=0.0, first=(0, 0, 0),
+    dropout_seed=None, dropout_p=0.0, score_program=None, score_tensors=None, first=(0, 0, 0),
 ):  # fmt: skip
-    """first: the batch entry, row and key that dropout counts the first ones as."""
+    """first: the batch entry, row and key that dropout and score_mod count the first ones as."""
     parts = sequences(query, key, query_starts, key_starts, key_ends)
     if parts:
         options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
-        dropping = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
-        return _attention_of_sequences(parts, query_starts is not None, query, key, value, options, terms, dropping)
+        others = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
+        others |= {"score_program": score_program, "score_tensors": score_tensors}
+        return _attention_of_sequences(parts, query_starts is not None, query, key, value, options, terms, others)
     q = _grouped(widened(query), key.shape[1])
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
-        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
+        modify = _modifier(score_program, score_tensors, first)
+        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes, modify)
         probabilities, lse = _softmax(scores, sinks)
         weights = _dropped(probabilities, dropout_seed, dropout_p, first)
         out = torch.einsum("bhgqk,bhgkd->bhgqd", weights, v).flatten(1, 2)
@@ -202,7 +216,7 @@ def _with_blocks(mask, query, key, *blocks):
     return dense if mask is None else mask & dense
 
 
-def _attention_backward_of_sequences(parts, tensors, options, terms, dropping, bias_gradient):
+def _attention_backward_of_sequences(parts, tensors, options, terms, others, bias_gradient):
     grad_out, grad_lse, query, key, value, out, lse = tensors
     bias = terms[1]
     gradients = [torch.zeros_like(widened(tensor)) for tensor in (query, key, value)]
@@ -212,7 +226,7 @@ def _attention_backward_of_sequences(parts, tensors, options, terms, dropping, b
             *(_rows(tensor, batch, queries) for tensor in (grad_out, grad_lse, query)),
             *(_rows(tensor, batch, keys) for tensor in (key, value)),
             *(_rows(tensor, batch, queries) for tensor in (out, lse)),
-            *options, *_terms_of((batch, queries, keys), *terms), **dropping, bias_gradient=bias_gradient,
+            *options, *_terms_of((batch, queries, keys), *terms), **others, bias_gradient=bias_gradient,
             first=_first(batch, queries, keys),
         )  # fmt: skip
         for gradient, part, rows in zip(gradients, of_sequence, (queries, keys, keys), strict=True):
@@ -227,7 +241,7 @@ def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
     query_starts=None, key_starts=None, key_ends=None,
-    dropout_seed=None, dropout_p=0.0, bias_gradient=False, first=(0, 0, 0),
+    dropout_seed=None, dropout_p=0.0, score_program=None, score_tensors=None, bias_gradient=False, first=(0, 0, 0),
 ):  # fmt: skip
     """Gradients of `attention`, recomputing the probabilities.
 
@@ -242,15 +256,17 @@ def attention_backward(
     if parts:
         options, terms = (window_left, window_right, scale, softcap), (mask, bias, alibi_slopes, sinks)
         tensors = grad_out, grad_lse, query, key, value, out, lse
-        dropping = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
-        return _attention_backward_of_sequences(parts, tensors, options, terms, dropping, bias_gradient)
+        others = {"dropout_seed": dropout_seed, "dropout_p": dropout_p}
+        others |= {"score_program": score_program, "score_tensors": score_tensors}
+        return _attention_backward_of_sequences(parts, tensors, options, terms, others, bias_gradient)
     heads = key.shape[1]
     q = _grouped(widened(query), heads)
     k, v = (_shared(widened(tensor), q.shape[2]) for tensor in (key, value))
     d_out = _grouped(widened(grad_out), heads)
     with without_autocast(query.device):
         products = _scaled_products(q, k, scale)
-        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes)
+        modify = _modifier(score_program, score_tensors, first)
+        scores = _scores(products, window_left, window_right, softcap, mask, bias, alibi_slopes, modify)
         probabilities, _ = _softmax(scores, sinks)
         # Summed over queries first: see _shared.
         weights = _dropped(probabilities, dropout_seed, dropout_p, first)
@@ -261,6 +277,10 @@ def attention_backward(
             d_scores = d_scores + _grouped(grad_lse, heads)[..., None]
         d_scores = probabilities * d_scores
         d_bias = d_scores.flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype) if bias_gradient else query.new_empty(0)
+        if modify is not None:
+            capped = products if softcap is None else softcap * torch.tanh(products / softcap)
+            slopes = modify(capped, derivative=True)[1]
+            d_scores = torch.where(d_scores == 0.0, d_scores, d_scores * slopes)
         if softcap is not None:
             d_scores = d_scores * (1 - torch.tanh(products / softcap).square())
         d_query = scale * torch.einsum("bhgqk,bhgkd->bhgqd", d_scores, k).flatten(1, 2)

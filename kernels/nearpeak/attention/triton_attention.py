@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import backends, operators, triton_launch
-from . import reference, triton_merge, triton_sequences, triton_terms, triton_tiles
+from . import reference, triton_merge, triton_score_mod, triton_sequences, triton_terms, triton_tiles
 from .triton_backward import differentiate_key, differentiate_query, prepare
 from .triton_bias_gradient import differentiate_bias
 from .triton_forward import attend
@@ -34,15 +34,24 @@ class _Plan(NamedTuple):
 def attention(
     query, key, value, window_left, window_right, scale, softcap, mask=None, bias=None, alibi_slopes=None, sinks=None,
     query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
+    score_program=None, score_tensors=None,
 ):  # fmt: skip
     """out (batch, heads, query length, value's head_dim) and lse (batch, heads, query length)."""
+    if _plain_modifies(score_program, score_tensors):
+        options = window_left, window_right, scale, softcap, mask, bias, alibi_slopes, sinks
+        bounds = query_starts, key_starts, key_ends
+        return reference.attention(
+            query, key, value, *options, *bounds, dropout_seed, dropout_p, score_program, score_tensors
+        )
     bounds = triton_sequences.bounds(query, query_starts, key_starts, key_ends)
     out = operators.empty_laid_out_like(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     with triton_launch.on(query.device):
-        terms = triton_terms.terms(query, mask, bias, alibi_slopes, sinks, dropout_seed, dropout_p)
+        terms = triton_terms.terms(
+            query, mask, bias, alibi_slopes, sinks, dropout_seed, dropout_p, score_program, score_tensors
+        )
         plan = _plan(query, key, value, window_left, window_right, terms, bounds)
         if plan.splits == 1:
             _launch(plan, query, key, value, out, (0, *out.stride()[:3]), lse, scale, softcap)
@@ -92,7 +101,7 @@ def _launch(plan, query, key, value, out, out_strides, lse, scale, softcap):
     strides = [*(stride for t in (query, key, value) for stride in t.stride()[:3]), *out_strides]
     vector = triton_launch.vector_length(query.element_size(), *strides)
     block_d, block_v = triton_tiles.part_of_head_dim(head_dim), triton_tiles.part_of_value_dim(value_dim)
-    factor = abs(scale) * math.log2(math.e) if softcap is None else abs(scale) / softcap
+    factor = _score_factor(abs(scale), softcap, plan.terms)
     reach_of_a_block = plan.tile.keys * max(key.stride(2), value.stride(2))
     attend[(plan.programs, plan.splits, triton.cdiv(value_dim, block_v))](
         query, key, value, out, lse, plan.terms, plan.bounds, length, key_length, key_heads,
@@ -136,14 +145,15 @@ class _BackwardCall(NamedTuple):
 def attention_backward(
     grad_out, grad_lse, query, key, value, out, lse, window_left, window_right, scale, softcap,
     mask=None, bias=None, alibi_slopes=None, sinks=None,
-    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0, bias_gradient=False,
+    query_starts=None, key_starts=None, key_ends=None, dropout_seed=None, dropout_p=0.0,
+    score_program=None, score_tensors=None, bias_gradient=False,
 ):  # fmt: skip
     """dQ, dK and dV, of the shapes of query, key and value, and dbias, of bias's shape or empty."""
     terms, starts = (mask, bias, alibi_slopes, sinks), (query_starts, key_starts, key_ends)
-    if _plain_differentiates(query, value):
+    if _plain_modifies(score_program, score_tensors) or _plain_differentiates(query, value):
         tensors = grad_out, grad_lse, query, key, value, out, lse
         options = window_left, window_right, scale, softcap, *terms, *starts, dropout_seed, dropout_p
-        return reference.attention_backward(*tensors, *options, bias_gradient)
+        return reference.attention_backward(*tensors, *options, score_program, score_tensors, bias_gradient)
     bounds = triton_sequences.bounds(query, *starts)
     gradients = tuple(operators.empty_laid_out_like(tensor) for tensor in (query, key, value))
     d_bias = bias.new_empty(bias.shape) if bias_gradient else query.new_empty(0)
@@ -153,13 +163,28 @@ def attention_backward(
     statistics = query.new_empty(4 if query.dtype is torch.float32 else 2, lse.numel(), dtype=torch.float32)
     window = _needed_window(window_left, window_right, query.shape[2], key.shape[2])
     with triton_launch.on(query.device):
-        terms = triton_terms.terms(query, *terms, dropout_seed, dropout_p)
+        terms = triton_terms.terms(query, *terms, dropout_seed, dropout_p, score_program, score_tensors)
         call = _BackwardCall(grad_out, query, key, value, statistics, terms, bounds, *window, scale, softcap)
         _launch_prepare(call, out, lse.contiguous(), None if grad_lse is None else grad_lse.contiguous())
         _launch_differentiate(call, *gradients)
         if bias_gradient:
             _launch_differentiate_bias(call, d_bias)
     return *gradients, d_bias
+
+
+def _score_factor(scale, softcap, terms):
+    """What makes a score of a product: in units of its softcap, as it is for score_mod, else in units of log2."""
+    if softcap is not None:
+        return scale / softcap
+    return scale if terms.modify is not None else scale * math.log2(math.e)
+
+
+def _plain_modifies(score_program, score_tensors) -> bool:
+    """Whether only the reference has what score_mod asks for; `explain` hears why."""
+    why = None if score_program is None else triton_score_mod.why_not_served(score_program, score_tensors)
+    if why is not None:
+        backends.because(why)
+    return why is not None
 
 
 def _plain_differentiates(query, value) -> bool:
@@ -219,7 +244,7 @@ def _launch_walk(kernel, call, programs, tile, reach, *gradients):
     tensors = call.query, call.key, call.value, call.grad_out
     strides = [stride for tensor in (*tensors, *gradients) for stride in tensor.stride()[:3]]
     vector = triton_launch.vector_length(call.query.element_size(), *strides)
-    factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
+    factor = _score_factor(call.scale, call.softcap, call.terms)
     kernel[(programs,)](
         *tensors, call.statistics, call.terms, call.bounds, *gradients,
         call.statistics.shape[1], length, key_length, key_heads,
@@ -239,7 +264,7 @@ def _launch_differentiate_bias(call, d_bias):
     tensors = call.query, call.key, call.value, call.grad_out
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     vector = triton_launch.vector_length(call.query.element_size(), *strides)
-    factor = call.scale * math.log2(math.e) if call.softcap is None else call.scale / call.softcap
+    factor = _score_factor(call.scale, call.softcap, call.terms)
     architecture = triton_launch.describe(call.query.device).architecture
     tile = triton_tiles.bias_gradient_tile(max(head_dim, value_dim), call.query.element_size(), architecture)
     bias_batches, bias_heads, bias_rows, _ = d_bias.shape

@@ -33,21 +33,26 @@ import triton.language as tl
 
 from .triton_sequences import key_block, key_blocks_of, row_tile, span_of_sharer, tiles_of
 from .triton_shared import LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, d_probability, dropped, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, d_probability, dropped, modified_and_slope, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
 def probability(product, lse, allowed, terms, places, keys, inside, factor, softcap, MASKED: tl.constexpr):
-    """exp(score - lse), zero where not allowed, and the score in units of its softcap. lse: in base 2.
+    """exp(score - lse), zero where not allowed, the score in units of its softcap, and the slope of score_mod.
 
-    factor: with a softcap scale / softcap, without scale log2(e). inside: which keys there are, None for all.
+    lse: in base 2. factor: see _score_factor of triton_attention.py. inside: which keys there are, None for all.
     """
     score = product * factor
     if softcap is not None:
         product = tanh(score)
-        score = product * (softcap * LOG2_E)
+        score = product * softcap
+        if terms.modify is None:
+            score *= LOG2_E
+    slope = product
+    if terms.modify is not None:
+        score, slope = modified_and_slope(score, terms, places, keys)
     exponent = biased(score, terms, places, keys, inside) - lse
-    if terms.bias is not None:
+    if terms.bias is not None or terms.modify is not None:
         # A row whose keys all have the most negative bias: its lse has no digits left, and must not make infinity of P.
         exponent = tl.minimum(exponent, 0.0)
     p = tl.exp2(exponent)
@@ -56,7 +61,7 @@ def probability(product, lse, allowed, terms, places, keys, inside, factor, soft
         p = tl.where(allowed, p, 0.0)
     if terms.mask is not None:
         p = tl.where(unmasked(terms, places, keys, inside), p, 0.0)
-    return p, product
+    return p, product, slope
 
 
 @triton.jit
@@ -69,9 +74,11 @@ def d_score(p, d_p, delta, grad_lse):
 
 
 @triton.jit
-def _d_product(p, d_p, delta, grad_lse, capped, softcap):
+def _d_product(p, d_p, delta, grad_lse, capped, slope, terms, softcap):
     """The gradient of a product, but for the scale."""
     gradient = d_score(p, d_p, delta, grad_lse)
+    if terms.modify is not None:
+        gradient = tl.where(gradient == 0.0, 0.0, gradient * slope)  # where a score is none, its slope is none
     if softcap is not None:
         gradient *= 1.0 - capped * capped
     return gradient
@@ -158,14 +165,15 @@ def _add_keys(
         product = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         among = (keys < key_length)[None, :] if MASKED else None
         terms_keys = (start // BLOCK_N * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]  # so that their loads may be wide
-        p, capped = probability(
+        p, capped, slope = probability(
             product, lse[:, None], allowed, terms, places, terms_keys, among, factor, softcap, MASKED
         )
         if EXACT:
             total += tl.sum(p, axis=1)
         d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")  # [M, N]
         d_p = d_probability(d_p, terms, places, keys[None, :])
-        d_product = _d_product(p, d_p, delta[:, None], None if grad_lse is None else grad_lse[:, None], capped, softcap)
+        d_lse = None if grad_lse is None else grad_lse[:, None]
+        d_product = _d_product(p, d_p, delta[:, None], d_lse, capped, slope, terms, softcap)
         d_query = tl.dot(d_product.to(k.dtype), k, d_query, input_precision="ieee")
     return d_query, total
 
@@ -186,7 +194,7 @@ def _add_window_of_keys(
     begin, whole = 0, 0
     if HAS_LEFT:
         begin = tl.maximum(first - window_left, 0)
-        if terms.mask is not None or terms.bias is not None or terms.slopes is not None:
+        if terms.mask is not None or terms.bias is not None or terms.slopes is not None or terms.modify is not None:
             begin = begin // BLOCK_N * BLOCK_N
         whole = begin + rounded_up(tl.maximum(last - window_left - begin, 0), BLOCK_N)
     end, whole_end = key_length, key_length
@@ -327,7 +335,7 @@ def _add_rows(
         product = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
         places = places_of_tile(terms, row[None, :], batch, chosen, span, GROUP)
         among = (keys < span[3])[:, None]
-        p, capped = probability(
+        p, capped, slope = probability(
             product, lse[None, :], allowed, terms, places, keys[:, None], among, factor, softcap, MASKED
         )
         if SHARED:
@@ -338,7 +346,8 @@ def _add_rows(
         d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")
         d_p = tl.dot(v, tl.trans(grad), input_precision="ieee")  # [N, M]
         d_p = d_probability(d_p, terms, places, keys[:, None])
-        d_product = _d_product(p, d_p, delta[None, :], None if grad_lse is None else grad_lse[None, :], capped, softcap)
+        d_lse = None if grad_lse is None else grad_lse[None, :]
+        d_product = _d_product(p, d_p, delta[None, :], d_lse, capped, slope, terms, softcap)
         if SHARED:
             d_product = tl.where(((keys >= 0) & (keys < span[3]))[:, None], d_product, 0.0)
         d_key = tl.dot(d_product.to(q.dtype), q, d_key, input_precision="ieee")

@@ -59,7 +59,7 @@ def _d_score(
     row = tl.minimum(index, query_length - 1)[:, None]
     here = places(terms, batch, head, row, 0, position)
     product = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p, _ = probability(product, lse, allowed, terms, here, keys, key_inside[None, :], factor, softcap, True)
+    p, _, _ = probability(product, lse, allowed, terms, here, keys, key_inside[None, :], factor, softcap, True)
     if EXACT:
         p *= load_statistic(statistics + 3 * rows_in_all, inside, 0.0, True)[:, None]
     d_p = tl.dot(grad, tl.trans(v), input_precision="ieee")

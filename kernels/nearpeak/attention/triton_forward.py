@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .triton_sequences import row_tile, tiles_of
 from .triton_shared import LN_2, LOG2_E, addresses, block_of, load_tile, rounded_up, shifted, tanh
-from .triton_terms import biased, dropped, places_of_tile, sink_of, unmasked
+from .triton_terms import biased, dropped, modified, places_of_tile, sink_of, unmasked
 
 
 @triton.jit
@@ -45,7 +45,12 @@ def _summed_products(
 @triton.jit
 def _scores(product, terms, places, keys, inside, factor, softcap):
     """Scores, and by what they are to be multiplied to be in units of log2: most often with the maximum alone."""
-    if softcap is not None:
+    if terms.modify is not None:
+        score = product * factor
+        if softcap is not None:
+            score = tanh(score) * softcap
+        product, factor = modified(score, terms, places, keys), 1.0
+    elif softcap is not None:
         product, factor = tanh(product * factor) * (softcap * LOG2_E), 1.0
     if terms.bias is not None or terms.slopes is not None:
         product, factor = biased(product * factor, terms, places, keys, inside), 1.0
@@ -86,7 +91,7 @@ def _attend(
             s = tl.where(unmasked(terms, places, terms_keys, among), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1) * scores_factor)
         shift = new_top
-        if MASKED or terms.mask is not None or terms.bias is not None:
+        if MASKED or terms.mask is not None or terms.bias is not None or terms.modify is not None:
             # A row that has met no key yet: exp2(-inf - -inf) would be NaN.
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s * scores_factor - shift[:, None])

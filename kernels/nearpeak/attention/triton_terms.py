@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import dropout, triton_dropout
-from .triton_dropout import halves, kept
+from .. import triton_dropout
+from ..triton_dropout import halves, kept
+from . import triton_score_mod
 from .triton_shared import LOG2_E
 
 MOST_NEGATIVE = tl.constexpr(-3.4028234663852886e38)  # of float32
@@ -44,6 +45,12 @@ class Terms(NamedTuple):
     hash_head: int | None
     drop_threshold: int | None
     drop_scale: float | None  # 1 / (1 - p)
+    modify: object = None  # what becomes of a score, and that with its derivative (triton_score_mod.py)
+    differentiate: object = None
+    table0: object = None  # what they look up, dense
+    table1: object = None
+    table2: object = None
+    table3: object = None
 
 
 class Places(NamedTuple):
@@ -59,6 +66,10 @@ class Places(NamedTuple):
     position: object
     low: object
     high: object
+    batch: object  # numbers in the tensors
+    head: object
+    index: object
+    first_key: object
 
 
 def _strides(tensor):
@@ -68,26 +79,18 @@ def _strides(tensor):
     return tuple(0 if size == 1 else step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _hashes(query, seed):
-    """Each row's number, (batch, heads, query length) of int64."""
-    hashes = query.new_empty(query.shape[:3], dtype=torch.int64)
-    programs = triton.cdiv(hashes.numel(), triton_dropout.BLOCK)
-    triton_dropout.hash_rows[(programs,)](
-        seed, hashes, hashes.numel(), query.shape[2], BLOCK=triton_dropout.BLOCK, num_warps=triton_dropout.WARPS
-    )
-    return hashes
-
-
 def _dropping(query, seed, p):
     """The members of Terms that are dropout's."""
     if p == 0.0:
         return (None,) * 5
-    hashes, threshold = _hashes(query, seed), dropout.threshold(p)
-    # As a number of 32 bits with sign: kernels would be compiled once more for numbers that need more.
-    return hashes, *hashes.stride()[:2], (threshold + 2**31) % 2**32 - 2**31, 1.0 / (1.0 - p)
+    hashes = triton_dropout.hashes(seed, *query.shape[:3])
+    return hashes, *hashes.stride()[:2], *triton_dropout.threshold_and_scale(p)
 
 
-def terms(query, mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_seed=None, dropout_p=0.0):
+def terms(
+    query, mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_seed=None, dropout_p=0.0,
+    score_program=None, score_tensors=None,
+):  # fmt: skip
     """The kernels' argument for a mask and bias of four dimensions, slopes ([batch,] heads) and sinks (heads,).
 
     With dropout it launches the kernel that hashes query's rows.
@@ -96,7 +99,16 @@ def terms(query, mask=None, bias=None, alibi_slopes=None, sinks=None, dropout_se
     slopes_batch = slopes.shape[1] if slopes is not None and slopes.dim() == 2 else 0
     sinks = None if sinks is None else sinks.contiguous()
     dropping = _dropping(query, dropout_seed, dropout_p)
-    return Terms(mask, *_strides(mask), bias, *_strides(bias), slopes, slopes_batch, sinks, *dropping)
+    made = Terms(mask, *_strides(mask), bias, *_strides(bias), slopes, slopes_batch, sinks, *dropping)
+    if score_program is None:
+        return made
+    modify, differentiate = triton_score_mod.functions(score_program)
+    tables = dict(zip(triton_score_mod.TABLES, map(_single, score_tensors or ()), strict=False))
+    return made._replace(modify=modify, differentiate=differentiate, **tables)
+
+
+def _single(table):
+    return table.to(torch.float32 if table.is_floating_point() else torch.int32).contiguous()
 
 
 WIDE = 16  # elements, and bytes of an address, whose multiples the compiler knows
@@ -110,8 +122,11 @@ def _loads_wide(tensor) -> bool:
 def crowding(terms, bounds) -> int:
     """How far a mask or bias crowds a tile's registers: 1 where one can be loaded 16 bytes at once, else 2.
 
-    Dropout, which hashes a column and its row for each weight, takes as much as a mask that can.
+    Dropout, which hashes a column and its row for each weight, takes as much as a mask that can. Of what score_mod
+    takes nothing is known.
     """
+    if terms.modify is not None:
+        return 2
     read = [tensor for tensor in (terms.mask, terms.bias) if tensor is not None]
     if not read:
         return 0 if terms.hashes is None else 1
@@ -147,7 +162,7 @@ def places(terms, batch, head, index, first_key, position):
     if terms.hashes is not None:
         of_row = _rows(terms.hashes, terms.hash_batch, terms.hash_head, 1, 0, batch, head, index, 0)
         low, high = halves(tl.load(of_row), first_key)
-    return Places(mask, bias, slope, position, low, high)
+    return Places(mask, bias, slope, position, low, high, batch, head, index, first_key)
 
 
 @triton.jit
@@ -174,6 +189,37 @@ def biased(score, terms, places, keys, inside):
     if terms.slopes is not None:
         score -= places.slope * tl.abs(keys - places.position).to(tl.float32)
     return score
+
+
+@triton.jit
+def _or_nan(score):
+    """In units of log2; a maximum would make a number of NaN."""
+    return tl.where(score != score, score, in_base_2(score))
+
+
+@triton.jit
+def _score_places(places, keys):
+    """Numbers of batch entry, head, query and key in the tensors, each of two dimensions."""
+    zero = tl.zeros([1, 1], tl.int32)
+    first_key = tl.cast(places.first_key, tl.int32)
+    return zero + tl.cast(places.batch, tl.int32), zero + places.head, zero + places.index, first_key + keys
+
+
+@triton.jit
+def modified(score, terms, places, keys):
+    """What score_mod makes of a score, in units of log2."""
+    batch, head, index, key = _score_places(places, keys)
+    tables = terms.table0, terms.table1, terms.table2, terms.table3
+    return _or_nan(terms.modify(score, batch, head, index, key, *tables))
+
+
+@triton.jit
+def modified_and_slope(score, terms, places, keys):
+    """The same, and its derivative with respect to the score."""
+    batch, head, index, key = _score_places(places, keys)
+    tables = terms.table0, terms.table1, terms.table2, terms.table3
+    score, slope = terms.differentiate(score, batch, head, index, key, *tables)
+    return _or_nan(score), slope
 
 
 @triton.jit

@@ -57,13 +57,17 @@ def rms_norm_backward(grad, hidden, weight, grad_hidden, eps, offset):
 
 
 def layer_norm(x, weight, bias, eps):
-    wide = widened(x)
+    return empty_laid_out_like(x).copy_(unrounded_layer_norm(widened(x), weight, bias, eps))
+
+
+def unrounded_layer_norm(wide, weight, bias, eps):
+    """In the dtype of the arithmetic, from and to."""
     y, _ = _normalised(wide, eps)
     if weight is not None:
         y = y * weight.to(wide.dtype)
     if bias is not None:
         y = y + bias.to(wide.dtype)
-    return empty_laid_out_like(x).copy_(y)
+    return y
 
 
 def add_layer_norm(x, residual, weight, bias, eps):

@@ -11,15 +11,9 @@ import triton
 import triton.language as tl
 
 from .. import triton_launch
-from .triton_rows import as_rows, load_weight, mean_of_row, scale_of
-from .triton_tiles import COLUMNS, REDUCTION, RESIDENT_THREADS, backward_tile, row_sums_tile
-
-
-@triton.jit
-def _store_sums(partial_ptr, program, column, width, sums):
-    """A program's share of a parameter's gradient."""
-    if partial_ptr is not None:
-        tl.store(partial_ptr + program.to(tl.int64) * width + column, tl.sum(sums, axis=0), mask=column < width)
+from ..triton_column_sums import empty_partials, reduce, store_sums
+from ..triton_row_tiles import COLUMNS, RESIDENT_THREADS, backward_tile, row_sums_tile
+from ..triton_rows import as_rows, load_weight, mean_of_row, scale_of
 
 
 @triton.jit
@@ -81,8 +75,8 @@ def _backward(
         extra_stride = extra_stride_vectors * VECTOR
         _store_d_hidden(d_hidden_ptr, d_hidden * r, extra_ptr, extra_stride, row, columns, width, inside)
     column = tl.arange(0, BLOCK)
-    _store_sums(weight_partial_ptr, program, column, width, d_weight)
-    _store_sums(bias_partial_ptr, program, column, width, d_bias)
+    store_sums(weight_partial_ptr, program, column, width, d_weight)
+    store_sums(bias_partial_ptr, program, column, width, d_bias)
 
 
 @triton.jit(do_not_specialize=["rows", "width_vectors", "grad_stride_vectors", "hidden_stride_vectors"])
@@ -189,24 +183,8 @@ def _backward_wide(
         extra_stride = extra_stride_vectors * VECTOR
         _store_d_hidden(d_hidden_ptr, d_hidden * r, extra_ptr, extra_stride, row, columns, width, inside)
     program = tl.program_id(1)
-    _store_sums(weight_partial_ptr, program, column, width, d_weight)
-    _store_sums(bias_partial_ptr, program, column, width, d_bias)
-
-
-@triton.jit(do_not_specialize=["partials", "width_vectors"])
-def _sum_partials(
-    partial_ptr, sum_ptr, partials, width_vectors, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A parameter's gradient from the programs' shares, always added in the same order."""
-    width = width_vectors * VECTOR
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    columns = column[None, :]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, partials, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        inside = (row < partials) & (columns < width)
-        total += tl.load(partial_ptr + row.to(tl.int64) * width + columns, mask=inside, other=0.0)
-    tl.store(sum_ptr + column, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=column < width)
+    store_sums(weight_partial_ptr, program, column, width, d_weight)
+    store_sums(bias_partial_ptr, program, column, width, d_bias)
 
 
 def backward(grad, hidden, weight, grad_hidden, d_hidden, d_weight, d_bias, eps, offset, centred):
@@ -232,19 +210,13 @@ def backward(grad, hidden, weight, grad_hidden, d_hidden, d_weight, d_bias, eps,
             reduce(partial, gradient)
 
 
-def _empty_partials(hidden, wanted, programs):
-    """Of weight and bias: a row for each program, or None where the gradient is not wanted."""
-    width = hidden.shape[1]
-    return [hidden.new_empty(programs, width, dtype=torch.float32) if each else None for each in wanted]
-
-
 def _in_one(inputs, d_hidden, wanted, sizes, formula):
     hidden, (rows, width) = inputs[1], inputs[1].shape
     eps, offset, options = formula
     tile, device = backward_tile(width), triton_launch.describe(hidden.device)
     resident = device.processors * RESIDENT_THREADS // tile.threads
     programs = min(triton.cdiv(rows, tile.rows), resident)
-    partials = _empty_partials(hidden, wanted, programs)
+    partials = empty_partials(hidden, wanted, programs)
     _backward[(programs,)](
         *inputs, d_hidden, *partials, *sizes, eps, offset,
         ROWS=tile.rows, BLOCK=tile.block, **options, **device.options(tile.threads),
@@ -264,19 +236,9 @@ def _in_two(inputs, d_hidden, wanted, sizes, formula):
     columns = triton.cdiv(width, COLUMNS.block)
     resident = device.processors * RESIDENT_THREADS // COLUMNS.threads
     programs = max(1, min(triton.cdiv(rows, COLUMNS.rows), resident // columns))
-    partials = _empty_partials(hidden, wanted, programs)
+    partials = empty_partials(hidden, wanted, programs)
     _backward_wide[(columns, programs)](
         *inputs, row_sums, d_hidden, *partials, *sizes, offset,
         ROWS=COLUMNS.rows, BLOCK=COLUMNS.block, **options, **device.options(COLUMNS.threads),
     )  # fmt: skip
     return partials
-
-
-def reduce(partial, total):
-    programs, width = partial.shape
-    device = triton_launch.describe(partial.device)
-    vector = triton_launch.vector_length(4, width)
-    _sum_partials[(triton.cdiv(width, REDUCTION.block),)](
-        partial, total, programs, width // vector,
-        VECTOR=vector, ROWS=REDUCTION.rows, BLOCK=REDUCTION.block, **device.options(REDUCTION.threads),
-    )  # fmt: skip

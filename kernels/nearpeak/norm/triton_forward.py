@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .. import triton_launch
-from .triton_rows import as_rows, load_hidden, load_weight, mean_of_row, scale_of
-from .triton_tiles import forward_tile
+from ..triton_row_tiles import forward_tile
+from ..triton_rows import as_rows, load_hidden, load_weight, mean_of_row, scale_of
 
 
 @triton.jit

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from .. import operators, triton_launch
+from ..triton_column_sums import reduce
+from ..triton_row_tiles import RESIDENT_THREADS, backward_tile, forward_tile
+from ..triton_rows import load_weight
 from . import triton_norm
-from .triton_backward import reduce
-from .triton_rows import load_weight
-from .triton_tiles import RESIDENT_THREADS, backward_tile, forward_tile
 
 
 @triton.jit

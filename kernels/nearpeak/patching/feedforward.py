@@ -9,15 +9,14 @@ served where its result is the formula's. f and the product with `up` are then o
 
 import copy
 import functools
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
 
 from ..feedforward import activation, geglu, reference, reglu, swiglu
+from . import probing
 from .classes import serving_subclass
-from .norms import SAME_FORMULA
 
 # Of these modules' classes the forward takes one tensor, and keeps nothing. ReLU is not served alone: torch's own costs
 # less a call, and the same a byte.
@@ -70,18 +69,11 @@ def serving_gated(base: type, form: Gated) -> type:
 
     def forward(self, *positional, **named):
         (x,) = (*positional, *named.values())
-        if _is_hooked(getattr(self, form.activation_child)):
+        if probing.is_hooked(getattr(self, form.activation_child)):
             return base.forward(self, x)
         return getattr(self, form.last)(gate(*(getattr(self, name)(x) for name in form.first), **options))
 
     return serving_subclass(base, forward, serving_gated, (base, form))
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    """Whether somebody waits for calls of the module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def activation_of(module: torch.nn.Module) -> str | None:
@@ -90,9 +82,9 @@ def activation_of(module: torch.nn.Module) -> str | None:
         return None
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return None
-    x = _random(64, 1) * 3
-    result = _run(type(module).forward, module, x)
-    return next((name for name in SERVED_ALONE if _is_same(result, _value(x, name))), None)
+    x = probing.random(64, 1) * 3
+    result = probing.run(type(module).forward, module, x)
+    return next((name for name in SERVED_ALONE if probing.is_same(result, _value(x, name))), None)
 
 
 def gated_of(module: torch.nn.Module) -> Gated | None:
@@ -113,45 +105,24 @@ def gated_of(module: torch.nn.Module) -> Gated | None:
 def _probe(module, first, last, child) -> Gated | None:
     width, inner, out = 6, 10, 5
     # Of a size at which the activations differ.
-    weights = [_random(inner * 2 // len(first), width, seed=seed) for seed, _ in enumerate(first)]
-    behind = _random(out, inner, seed=2)
+    weights = [probing.random(inner * 2 // len(first), width, seed=seed) for seed, _ in enumerate(first)]
+    behind = probing.random(out, inner, seed=2)
     stand_in = copy.copy(module)
     products = {name: functools.partial(linear, weight=weight) for name, weight in zip(first, weights, strict=True)}
     own = module._modules[child]
     # Without what hooks on the activation would see of this.
     functions = {last: functools.partial(linear, weight=behind), child: functools.partial(type(own).forward, own)}
     vars(stand_in)["_modules"] = {**products, **functions}
-    x = _random(16, width, seed=3)
-    result = _run(type(module).forward, stand_in, x)
+    x = probing.random(16, width, seed=3)
+    result = probing.run(type(module).forward, stand_in, x)
     halves = linear(x, torch.cat(weights)).chunk(2, -1)
     for up_first in (False, True) if len(first) == 1 else (False,):
         gate, up = reversed(halves) if up_first else halves
         for name in GATES:
-            if _is_same(result, linear(_value(gate, name) * up, behind)):
+            if probing.is_same(result, linear(_value(gate, name) * up, behind)):
                 return Gated(name, first, last, child, up_first)
     return None
 
 
-def _random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
-
-
 def _value(x: torch.Tensor, name: str) -> torch.Tensor:
     return reference.activation(x, reference.NAMES.index(name))
-
-
-@torch.no_grad()
-def _run(forward, module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """What an unknown module's forward gives, without a trace of it in torch's generator; None if it raises."""
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-            warnings.simplefilter("ignore")
-            return forward(module, x)
-    except Exception:  # it may raise anything on an input that is not its own
-        return None
-
-
-def _is_same(result: object, expected: torch.Tensor) -> bool:
-    if not isinstance(result, torch.Tensor) or result.shape != expected.shape or result.dtype is not expected.dtype:
-        return False
-    return torch.allclose(result, expected, rtol=SAME_FORMULA, atol=SAME_FORMULA)

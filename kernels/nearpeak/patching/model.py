@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import feedforward, linears, multihead, norms, rotary
+from . import embeddings, feedforward, linears, multihead, norms, rotary
 from .classes import original_class, why_not_swappable
 from .report import Entry, PatchReport
 
@@ -45,11 +45,11 @@ class _Findings:
 def patch(model: torch.nn.Module) -> PatchReport:
     """Let nearpeak's kernels serve what they can of a model, in place, and say what that was.
 
-    Served are torch.nn.Linear, torch.nn.MultiheadAttention, RMSNorm and LayerNorm modules, activations and gated
-    feed-forward layers (the latter four of any class that computes one of them), and in transformers models the rotary
-    embedding and attention. Weights are shared, not
-    copied; names, hooks, state dict and isinstance checks stay; no other model changes, even one that shares the
-    configuration. A model that is patched already is left as it is.
+    Served are torch.nn.Linear, torch.nn.Embedding, torch.nn.MultiheadAttention, RMSNorm and LayerNorm modules, scaled
+    and BERT's embeddings, activations and gated feed-forward layers (from the norms on of any class that computes one
+    of them), and in transformers models the rotary embedding and attention. Weights are shared, not copied; names,
+    hooks, state dict and isinstance checks stay; no other model changes, even one that shares the configuration. A
+    model that is patched already is left as it is.
 
     Args:
         model: any torch.nn.Module; of a transformers model the whole that is called (LlamaForCausalLM, not the
@@ -156,6 +156,9 @@ def _serve_module(module, record, findings) -> None:
         return
     if (gated := feedforward.gated_of(module)) is not None:
         _swap("feedforward", module, feedforward.serving_gated(type(module), gated), gated.detail, record, findings)
+        return
+    if (found := embeddings.served(module)) is not None:
+        _swap("embedding", module, *found, record, findings)
         return
     formula = norms.formula_of(module)
     if formula is not None:

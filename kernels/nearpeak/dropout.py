@@ -1,4 +1,4 @@
-"""Which attention weights dropout keeps: the definition, in integers of PyTorch.
+"""Which elements dropout keeps: the definition, in integers of PyTorch.
 
     (low, high) = the halves of mix(mix(mix(seed) + batch entry * heads + head) + row)
     x           = column + low
@@ -6,8 +6,9 @@
     x           = (x ^ x >> 15) * 0xd35a2d97
     keep        = (x ^ x >> 15) >= round(2^32 p)                                       (all in 32 bits without sign)
 
-and mix is splitmix64's, in 64 bits. Rows and columns are counted in the query and key tensors as they are given: in a
-packed batch not from each sequence's first. So the mask is a function of seed and place: every backend, tile and thread
+and mix is splitmix64's, in 64 bits. Of attention weights rows and columns are counted in the query and key tensors as
+they are given: in a packed batch not from each sequence's first. Of a layer's output, which has one head, rows are
+tokens and columns features. So the mask is a function of seed and place: every backend, tile and thread
 finds the same one, forward and backward, and none is stored.
 
 Counter-based generators: Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405. Their Philox takes seven rounds
@@ -19,18 +20,37 @@ shifted copies of one another.
 
 import torch
 
-from .. import operators
+from . import operators
 
 _LOW = 0xFFFFFFFF
 
 
+def check(dropout_p, seed, device):
+    """Check the arguments of a public function; device: of its input."""
+    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p < 1.0):
+        raise ValueError(f"dropout_p must be a number from 0 to less than 1, not {dropout_p!r}")
+    if seed is None or (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        return
+    if not isinstance(seed, torch.Tensor) or seed.dtype is not torch.int64:
+        raise TypeError(f"dropout_seed must be an integer of 64 bits, or a tensor of int64 with one, not {seed!r}")
+    if seed.dim() != 0 or seed.device != device:
+        raise ValueError(f"dropout_seed must have no dimension and lie on {device}, not have shape {tuple(seed.shape)}")
+
+
+def seed_tensor(seed, device):
+    """The seed given, or one drawn from torch's generator: a tensor, so that compiled graphs hold no number."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+    return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
 def threshold(p):
-    """The weights whose hash, a number of 32 bits without sign, is at least this are kept."""
+    """The elements whose hash, a number of 32 bits without sign, is at least this are kept."""
     return min(round(p * 2**32), _LOW)
 
 
 def kept(seed, p, shape, first=(0, 0, 0)):
-    """The boolean mask of `shape`, (batch, heads, query length, key length): True where a weight is kept.
+    """The boolean mask of `shape`, (batch, heads, query length, key length): True where an element is kept.
 
     seed: an int64 tensor of one element. first: the batch entry, row and column that the mask begins with.
     """
