@@ -32,6 +32,14 @@ def case_name(case):
     return "-".join(f"{name}={value}" for name, value in case._asdict().items() if value != case._field_defaults[name])
 
 
+def some_by_default(cases, step, name=case_name):
+    """Every step-th case; the others are run before a release. For Triton's interpreter, which takes seconds a case."""
+    return [
+        pytest.param(case, id=name(case), marks=() if index % step == 0 else pytest.mark.slow)
+        for index, case in enumerate(cases)
+    ]
+
+
 def randn(*shape, dtype=torch.float32, seed=0, magnitude=1.0):
     """Normal random numbers that depend on shape and seed only, rounded to dtype."""
     generator = torch.Generator().manual_seed(seed)

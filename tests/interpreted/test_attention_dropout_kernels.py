@@ -5,7 +5,7 @@ import test_attention_dropout as dropout
 import test_attention_sequences as sequences
 import torch
 from draws import assert_as_exact
-from inputs import DTYPES
+from inputs import DTYPES, some_by_default
 from nearpeak.attention import triton_tiles
 from test_attention import Case, values
 from test_attention_terms import Terms, terms_name
@@ -26,14 +26,6 @@ CASES = [
 SIZES = [(1, 2, 1, 1), (2, 1, 16, 40), (1, 1, 73, 100), (3, 4, 1, 33), (2, 8, 2, 65), (1, 2, 73, 193)]
 
 
-def some_by_default(cases, count, name=str):
-    """The interpreter takes seconds for a case: all of them are run before a release."""
-    return [
-        pytest.param(case, id=name(case), marks=() if index < count else pytest.mark.slow)
-        for index, case in enumerate(cases)
-    ]
-
-
 def judge(terms, dtype, p=P):
     draws = dropout.draws_of(terms, dtype)[: 2 if dtype is torch.float32 else 1]
     standard = dropout.standards(
@@ -43,12 +35,12 @@ def judge(terms, dtype, p=P):
     assert_as_exact(values(dropout.served(terms, p), draws), standard)
 
 
-@pytest.mark.parametrize("sizes", some_by_default(SIZES, 5))
+@pytest.mark.parametrize("sizes", some_by_default(SIZES, 2, str))
 def test_forward_keeps_the_weights_that_the_definition_keeps(sizes):
     dropout.test_forward_keeps_the_weights_that_the_definition_keeps(None, sizes, 1, 1)
 
 
-@pytest.mark.parametrize("sizes", some_by_default(SIZES, 3))
+@pytest.mark.parametrize("sizes", some_by_default(SIZES, 2, str))
 def test_backward_keeps_the_same_weights(sizes):
     dropout.test_backward_keeps_the_same_weights(None, sizes, 1)
 
@@ -61,7 +53,7 @@ def test_any_chance_drops_what_the_definition_drops(monkeypatch, p):
     dropout.test_forward_keeps_the_weights_that_the_definition_keeps(None, (1, 2, 33, 40), 1, 1)
 
 
-@pytest.mark.parametrize("terms", some_by_default(CASES, 1, terms_name))
+@pytest.mark.parametrize("terms", some_by_default(CASES, len(CASES), terms_name))
 def test_forward_and_gradients_are_as_exact_as_plain(rounded_once, terms):
     judge(terms, torch.float32)
 
@@ -99,7 +91,7 @@ def test_almost_certain_dropout_drops_almost_all_and_nothing_overflows(p):
     dropout.test_almost_certain_dropout_drops_almost_all_and_nothing_overflows(None, Terms(WIDE), p)
 
 
-@pytest.mark.parametrize("name", some_by_default(["self", "decode", "cross"], 1))
+@pytest.mark.parametrize("name", some_by_default(["self", "decode", "cross"], 3, str))
 def test_packed_sequences_count_rows_and_columns_in_the_tensors(name):
     dropout.test_packed_sequences_count_rows_and_columns_in_the_tensors(None, name)
 

@@ -5,7 +5,7 @@ import pytest
 import test_attention_terms as terms_of
 import torch
 from draws import assert_as_exact
-from inputs import DTYPES
+from inputs import DTYPES, some_by_default
 from test_attention import Case, values
 from test_attention_terms import ALL, BATCH_KEYS, HEADS, KEYS, PAIRS, Terms
 
@@ -33,14 +33,6 @@ CASES = [
 ]
 
 
-def some_by_default(cases, step):
-    """The interpreter takes seconds for a case: all of them are run before a release."""
-    return [
-        pytest.param(case, id=terms_of.terms_name(case), marks=() if index % step == 0 else pytest.mark.slow)
-        for index, case in enumerate(cases)
-    ]
-
-
 def draws_of(terms, dtype):
     """Rounding to 16 bits drowns what float32 sums do by chance; float32 itself takes more draws to judge."""
     return terms_of.draws_of(terms, dtype)[: 4 if dtype is torch.float32 else 1]
@@ -50,12 +42,12 @@ def judge(terms, draws):
     assert_as_exact(values(terms_of.served(terms), draws), terms_of.standards_of(terms, draws))
 
 
-@pytest.mark.parametrize("terms", some_by_default(CASES, 3))
+@pytest.mark.parametrize("terms", some_by_default(CASES, 4, terms_of.terms_name))
 def test_forward_and_gradients_are_as_exact_as_plain(rounded_once, terms):
     judge(terms, draws_of(terms, torch.float32))
 
 
-@pytest.mark.parametrize("terms", some_by_default(CASES[::3], 3))
+@pytest.mark.parametrize("terms", some_by_default(CASES[1::4], 4, terms_of.terms_name))
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_forward_and_gradients_in_16_bits_are_as_exact_as_plain(dtype, terms):
     judge(terms, draws_of(terms, dtype))
@@ -72,7 +64,7 @@ PARTS = [
 DECODE = Terms(Case(1, 600, head_dim=576, heads=16, key_heads=1), value_dim=512)
 
 
-@pytest.mark.parametrize("terms", some_by_default(PARTS, 2))
+@pytest.mark.parametrize("terms", some_by_default(PARTS, 2, terms_of.terms_name))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_wider_than_a_tile_are_as_exact_as_plain(dtype, terms):
     judge(terms, [(inputs, None) for inputs, _ in draws_of(terms, dtype)])

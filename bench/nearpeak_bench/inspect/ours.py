@@ -222,7 +222,7 @@ def every_case() -> list[Case]:
         embedding_case(width, dtype, direction)
         for direction in EMBEDDING_DIRECTIONS
         for dtype in (bfloat, single)
-        for width in (384, 770, 4096)
+        for width in (384, 770, 8192 // dtype.itemsize)
     ]
     half = torch.float16
     odd = [norm_case(4096, half, "backward"), rotary_case(128, half, False)]

@@ -9,6 +9,7 @@
 #include "../../cpu/tensors.h"
 #include "describe.h"
 #include "describe_blocks.h"
+#include "describe_program.h"
 #include "key_blocks.h"
 
 namespace nearpeak::attention {

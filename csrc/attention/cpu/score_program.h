@@ -115,12 +115,13 @@ class ScoreRunner {
 
     // base + index * stride, or -1 where the index, which may count from the end, lies outside, or one before did.
     void index(int32_t to, const ScoreInstruction& in, int count) {
+        const auto size = static_cast<uint32_t>(in.b), stride = static_cast<uint32_t>(in.c);
         for (int i = 0; i < count; ++i) {
-            Int place = integers(in.a, i);
-            const Int base = integers(in.d, i);
-            place = chosen(place < 0, place + in.b, place);
-            const Int inside = (place >= 0) & (place < in.b) & (base >= 0);
-            set(to, i, chosen(inside, base + place * in.c, broadcast(int32_t{-1})));
+            const Int any = integers(in.a, i), base = integers(in.d, i);
+            // Without a sign, since overflow of one is not defined; of what lies inside nothing overflows.
+            const Unsigned place = bitcast<Unsigned>(any) + (bitcast<Unsigned>(any < 0) & size);
+            const Int inside = bitcast<Int>(place < size) & (base >= 0);
+            set(to, i, chosen(inside, bitcast<Int>(bitcast<Unsigned>(base) + place * stride), broadcast(int32_t{-1})));
         }
     }
 
@@ -140,6 +141,7 @@ class ScoreRunner {
         }
     }
 
+    // One copy for all callers: it is long.
     [[gnu::noinline]] void run(const ScoreInstruction& in, int32_t to, int count) {
         using Op = ScoreOperation;
         const int32_t condition = in.a;

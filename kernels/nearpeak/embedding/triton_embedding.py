@@ -17,8 +17,9 @@ from ..triton_rows import load_weight, scale_of
 from . import reference
 from .triton_table_gradient import table_gradient
 
-# Of more columns a row's gradient has no room in registers beside its three tables: 8192 spill on sm_90.
-WIDEST_BACKWARD = 4096
+# Bytes of a row that has room in registers beside its gradient and its tables: 4096 of float32 spill on sm_120, 8192 of
+# 16 bits on sm_90.
+WIDEST_BACKWARD = 8192
 
 __all__ = ["embedding", "hidden_gradient", "table_gradient"]
 
@@ -194,7 +195,7 @@ def hidden_gradient(grad, *arguments):
     """d_hidden (tokens, width), and the norm's gradients (width,), empty where there is none."""
     (ids, weight), norm = arguments[:2], arguments[6:8]
     tile, device = backward_tile(weight.shape[1]), triton_launch.describe(weight.device)
-    if min(tile.block, WIDEST_BACKWARD) < weight.shape[1]:
+    if min(tile.block, WIDEST_BACKWARD // weight.element_size()) < weight.shape[1]:
         return reference.hidden_gradient(grad, *arguments)
     d_hidden = grad.new_empty(ids.numel(), weight.shape[1])
     d_norm = [weight.new_empty(0) if parameter is None else torch.zeros_like(parameter) for parameter in norm]
