@@ -153,3 +153,8 @@ def test_a_patched_model_is_explained_and_its_cache_left_alone():
         padded = nearpeak.explain(model, ids, attention_mask=torch.ones_like(ids))
     assert "2 x nearpeak::attention_inference on cpu" in padded
     assert "nearpeak" not in nearpeak.explain(model, ids)
+
+
+def test_embeddings_are_named_by_their_tables():
+    said = nearpeak.explain(nearpeak.embedding, torch.tensor([[1, 2]]), torch.randn(4, 8).bfloat16(), scale=2.0)
+    assert "nearpeak::embedding_inference on cpu, bfloat16" in said

@@ -552,6 +552,40 @@ def test_gradient_formula_of_attention_is_the_derivative(window, softcap):
         torch.testing.assert_close(a, b)
 
 
+def summed(function, of):
+    """A number made of all of a function's outputs: the sum of of(output, its number)."""
+
+    def call(*inputs):
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(of(t, number).sum() for number, t in enumerate(outputs))
+
+    return call
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torch_func_differentiates(name):
+    layer = LAYERS[name]
+    *_, count = (0, 1, 2) if len(layer.inputs) == 4 else range(len(layer.inputs) + 1)  # a rotary table has no gradient
+    number_of = summed(layer.function, lambda t, number: t * randn(*t.shape, seed=7 + number))
+    gradients = torch.func.grad(number_of, argnums=tuple(range(count)))(*layer.inputs)
+    for mine, expected in zip(gradients, results(layer.function, layer.inputs)[-count:], strict=True):
+        assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_layer_norm", "attention", "linear", "swiglu", "qk_norm"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func_gives_the_gradients_of_each_sample(name):
+    layer = LAYERS[name]
+    number_of = summed(layer.function, lambda t, number: t.square())
+    gradient = torch.func.grad(number_of, argnums=tuple(range(len(layer.inputs))))
+    samples = [tuple(t + 0.1 * number for t in layer.inputs) for number in range(3)]
+    together = torch.func.vmap(gradient)(*map(torch.stack, zip(*samples, strict=True)))
+    for number, sample in enumerate(samples):
+        for mine, expected in zip(together, gradient(*sample), strict=True):
+            torch.testing.assert_close(mine[number], expected)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradcheck_of_the_references(name):
     layer = LAYERS[name]

@@ -107,7 +107,9 @@ def _line(operator, namespace, name, args) -> str | None:
 
 
 def _first(args) -> torch.Tensor:
-    return next(arg for arg in args if isinstance(arg, torch.Tensor))
+    """The first tensor of numbers, not of their places, if there is one."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
 
 
 def _where(args) -> str:

@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from . import backends
 
@@ -91,11 +92,17 @@ def _recorded(name: str, backward: Callable, setup_context: Callable) -> Callabl
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     recorded = type(f"nearpeak_{name}", (torch.autograd.Function,), members)
+    recorded_once = type(f"nearpeak_{name}", (torch.autograd.function._SingleLevelFunction,), members)
 
     def run(*arguments):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             # The dispatcher drops trailing arguments that have their default.
-            return recorded.apply(*arguments, *defaults[len(arguments) :])
+            inputs = *arguments, *defaults[len(arguments) :]
+            if torch._C._are_functorch_transforms_active():
+                # torch.func calls once for each of its transforms; here for one that records gradients.
+                with enable_single_level_autograd_function():
+                    return recorded_once.apply(*inputs)
+            return recorded.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
