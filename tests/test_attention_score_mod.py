@@ -11,7 +11,7 @@ import torch
 from draws import assert_as_exact, standards
 from inputs import DTYPES, EXAMPLES, for_all, randn
 from nearpeak.attention import reference
-from nearpeak.attention.score_mod import MOST_VALUES
+from nearpeak.attention.score_instructions import MOST_VALUES
 from test_attention import Case, doubled, draws_of, inputs_of, mask_of, scale_of, values
 
 SLOPES, TABLE = randn(8, seed=1).abs() * 0.1, randn(8, 64, seed=2)

@@ -43,7 +43,7 @@ struct BlockTables {
     int64_t rows, keys;                 // of a block
 };
 
-// The operations of score programs, numbered as in kernels/nearpeak/attention/score_mod.py.
+// The operations of score programs, numbered as in kernels/nearpeak/attention/score_instructions.py.
 enum class ScoreOperation : int32_t {
     constant,
     integer,

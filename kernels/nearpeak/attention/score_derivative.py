@@ -4,12 +4,14 @@ Each rule below is of one instruction: given its value and its operands, each wi
 None for zero, it appends what makes the value's own.
 """
 
+from .score_instructions import ARGUMENTS
+
 
 def differentiate(program, score):
     """Append what makes the derivative of the value `score`, and return that."""
     derivatives = {program.argument("score").number: program.constant(1.0)}
     for place, (name, *operands) in enumerate(list(program.instructions)):
-        value = program.value(place + 5)
+        value = program.value(len(ARGUMENTS) + place)
         if name not in RULES:
             continue
         values = [program.value(number) for number in operands]

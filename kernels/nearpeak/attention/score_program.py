@@ -2,7 +2,7 @@
 
 import torch
 
-from .score_mod import decoded
+from .score_instructions import decoded
 
 
 def _index(place, size, stride, base):

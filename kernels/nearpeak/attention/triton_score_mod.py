@@ -11,7 +11,7 @@ import linecache
 import triton
 import triton.language as tl
 
-from .score_mod import ARGUMENTS, decoded
+from .score_instructions import ARGUMENTS, decoded
 from .triton_shared import tanh
 
 MOST_TABLES = 4
