@@ -1,4 +1,4 @@
-// From the arguments that are a score program (kernels/nearpeak/attention/score_instructions.py) to what the kernels read.
+// From the arguments that are a score program (kernels/nearpeak/attention/score_instructions.py) to what kernels read.
 #pragma once
 
 #include <cstring>
