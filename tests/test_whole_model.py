@@ -121,6 +121,8 @@ def test_compiled_in_one_graph_and_compiled_anew_when_patched(name):
     kinds = {norm: "norm", activation: "feedforward", "apply_rotary": "rotary", "attention": "attention"}
     if torch.float32 not in FAST_IN_TORCH:
         kinds["linear"] = "linear"
+    if name != "llama":  # whose embedding only copies rows
+        kinds["embedding"] = "embedding"
     expected = {f"nearpeak.{op}_inference.default" for op, kind in kinds.items() if REPLACED[name][kind]}
     assert graphs[:2] == [set(), expected]
     torch._dynamo.reset()
@@ -147,6 +149,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         model(ids).logits.square().sum().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
+    # As checkpointing does in transformers: and where parts are hooked, BERT's embeddings are not fused.
+    model.get_input_embeddings().register_forward_hook(lambda *_: None)
     with nearpeak.patched(model):
         expected = gradients()
         model.gradient_checkpointing_enable({"use_reentrant": False})

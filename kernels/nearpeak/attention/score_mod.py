@@ -104,5 +104,5 @@ def _traced(function, program, arguments) -> Value:
     examples = [torch.zeros(1, dtype=torch.float32 if name == "score" else torch.int64) for name in arguments]
     wants_gradients = torch.is_grad_enabled()
     with torch.no_grad():
-        graph = make_fx(function)(*examples)
+        graph = make_fx(lambda *numbers: function(*numbers))(*examples)  # functions may have more parameters
     return Translator(graph, program, wants_gradients).result(arguments)

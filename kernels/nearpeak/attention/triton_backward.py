@@ -45,9 +45,7 @@ def probability(product, lse, allowed, terms, places, keys, inside, factor, soft
     score = product * factor
     if softcap is not None:
         product = tanh(score)
-        score = product * softcap
-        if terms.modify is None:
-            score *= LOG2_E
+        score = product * (softcap if terms.modify is not None else softcap * LOG2_E)
     slope = product
     if terms.modify is not None:
         score, slope = modified_and_slope(score, terms, places, keys)
