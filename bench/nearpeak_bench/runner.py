@@ -31,7 +31,7 @@ class Settings:
 
 def serving_backend(case: Case, inputs: dict) -> str:
     """Which nearpeak backend serves the case, with its instruction set."""
-    tensor = next(value for value in inputs.values() if isinstance(value, torch.Tensor))
+    tensor = next(t for t in inputs.values() if isinstance(t, torch.Tensor) and t.is_floating_point())  # not ids
     if backends.reference_serves(tensor):
         return "reference"
     operator = getattr(torch.ops.nearpeak, case.operator.kernels[case.direction]).default
