@@ -44,11 +44,25 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
 
 
-def check_float_of(name: str, tensor: torch.Tensor, like: torch.Tensor, like_name: str = "query") -> None:
-    """Check that `tensor` is on the other's device, and of its dtype or float32, which every kernel reads beside it."""
+def check_float_of(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    """Check that `tensor` is on query's device, and of query's dtype or float32, which every kernel reads beside it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.dtype not in (like.dtype, torch.float32):
-        raise TypeError(f"{name} must have {like_name}'s dtype, {like.dtype}, or float32, not {tensor.dtype}")
+        raise TypeError(f"{name} must have query's dtype, {like.dtype}, or float32, not {tensor.dtype}")
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like_name}'s device, {like.device}, not {tensor.device}")
+        raise ValueError(f"{name} must be on query's device, {like.device}, not {tensor.device}")
+
+
+def check_parameter(name: str, parameter: torch.Tensor | None, x: torch.Tensor, x_name: str) -> None:
+    """Check that a weight or bias over x's last dimension is on its device, and of its dtype or float32."""
+    if parameter is None:
+        return
+    if not isinstance(parameter, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, not {type(parameter).__name__}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name} must be on {x_name}'s device {x.device}, not on {parameter.device}")
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}, {x_name}'s last, not {tuple(parameter.shape)}")
+    if parameter.dtype is not x.dtype and parameter.dtype is not torch.float32:
+        raise TypeError(f"{name} must be {x.dtype} as {x_name}, or float32, not {parameter.dtype}")

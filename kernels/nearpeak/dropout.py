@@ -37,8 +37,16 @@ def check(dropout_p, seed, device):
         raise ValueError(f"dropout_seed must have no dimension and lie on {device}, not have shape {tuple(seed.shape)}")
 
 
-def seed_tensor(seed, device):
-    """The seed given, or one drawn from torch's generator: a tensor, so that compiled graphs hold no number."""
+def check_drawn(dropout_p, seed, device):
+    """Check the arguments of an operator, whose seed is drawn already."""
+    check(dropout_p, seed, device)
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError("dropout_seed must be given where dropout_p is")
+
+
+def seed_of(dropout_p, seed, device):
+    """The seed given, checked, or one drawn by torch's generator: a tensor, so that compiled graphs hold no number."""
+    check(dropout_p, seed, device)
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), device=device)
     return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)

@@ -165,9 +165,7 @@ def _check_forward(
             raise ValueError(f"{name} must hold an element per key, {key.shape[2]}, not {tensor.shape[3]}")
     _check_softcap(softcap)
     score_mods.check(score_program, score_tensors, query.device)
-    dropout.check(dropout_p, dropout_seed, query.device)
-    if dropout_p > 0.0 and dropout_seed is None:
-        raise ValueError("dropout_seed must be given where dropout_p is")
+    dropout.check_drawn(dropout_p, dropout_seed, query.device)
 
 
 def _check_backward(
@@ -378,8 +376,7 @@ def attention(
         if bias is not None:
             bias = of_all_keys(bias, key)
         if dropout_p != 0.0 or dropout_seed is not None:
-            dropout.check(dropout_p, dropout_seed, query.device)
-            dropout_seed = dropout.seed_tensor(dropout_seed, query.device)
+            dropout_seed = dropout.seed_of(dropout_p, dropout_seed, query.device)
         score_rows = score_program = score_tensors = None
         if score_mod is not None or mask_mod is not None:
             score_rows, score_program, score_tensors = score_mods.of_functions(score_mod, mask_mod)

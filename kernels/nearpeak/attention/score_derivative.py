@@ -26,9 +26,9 @@ def _product(program, x, y):
     if x is None or y is None:
         return None
     one = ("constant", 1.0)
-    if program.operands_of(x) == one:
+    if program.instruction_of(x) == one:
         return y
-    if program.operands_of(y) == one:
+    if program.instruction_of(y) == one:
         return x
     return program.emit("multiply", "float", x, y)
 

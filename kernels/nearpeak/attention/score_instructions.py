@@ -60,7 +60,7 @@ class Program:
     def integer(self, value: int) -> Value:
         return self.emit("integer", "integer", int(value))
 
-    def operands_of(self, value: Value) -> tuple | None:
+    def instruction_of(self, value: Value) -> tuple | None:
         """The instruction that makes a value; None for an argument."""
         place = value.number - len(ARGUMENTS)
         return None if place < 0 else self.instructions[place]

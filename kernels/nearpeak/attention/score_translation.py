@@ -184,7 +184,7 @@ def _remainder(program, x, y):
 
 
 def _power(program, x, y):
-    instruction = program.operands_of(y)
+    instruction = program.instruction_of(y)
     if instruction is not None and instruction[0] in ("integer", "constant") and instruction[1] in (2, 3, 4):
         multiply = _binary("multiply", "multiply_integers")
         square = multiply(program, x, x)

@@ -8,9 +8,14 @@ from .. import backends, operators
 from .operator import embedding
 
 
+def is_torchs_own(module: torch.nn.Embedding) -> bool:
+    """Whether the module has options that PyTorch's own layer alone serves."""
+    return module.max_norm is not None or module.scale_grad_by_freq
+
+
 def rows_of(module: torch.nn.Embedding, own: Callable, token_ids: torch.Tensor) -> torch.Tensor:
     """Rows as they are, or by the module's own forward where that is the one to use."""
-    if module.max_norm is not None or module.scale_grad_by_freq:
+    if is_torchs_own(module):
         backends.because("max_norm and scale_grad_by_freq are torch.nn.Embedding's own")
         return own(module, token_ids)
     if not operators.wants_gradient(module.weight):
@@ -36,7 +41,7 @@ class Embedding(torch.nn.Embedding):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.scale == 1.0:
             return rows_of(self, torch.nn.Embedding.forward, token_ids)
-        if self.max_norm is not None or self.scale_grad_by_freq:
+        if is_torchs_own(self):
             return self.scale * super().forward(token_ids)
         return embedding(token_ids, self.weight, scale=self.scale, padding_idx=self.padding_idx, sparse=self.sparse)
 

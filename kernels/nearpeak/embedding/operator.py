@@ -8,7 +8,7 @@ took them, always in the order of the tokens: no atomics, and the same bits on e
 import torch
 
 from .. import backends, dropout, operators
-from ..checks import check_float_of, check_floating, check_same
+from ..checks import check_floating, check_parameter, check_same
 from . import reference
 
 if backends.missing("triton") is None:
@@ -39,17 +39,12 @@ def _check(
             if of_table.shape != ids.shape[ids.dim() - of_table.dim() :] or of_table.device != ids.device:
                 raise ValueError(f"{name}_ids must have token_ids' last dimensions, of {tuple(ids.shape)}, and device")
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if parameter is not None:
-            check_float_of(name, parameter, weight, "weight")
-            if parameter.shape != weight.shape[1:]:
-                raise ValueError(f"{name} must have shape ({weight.shape[1]},), not {tuple(parameter.shape)}")
-            if eps is None:
-                raise ValueError(f"eps must be given with {name}: without it nothing is normalised")
+        check_parameter(name, parameter, weight, "weight")
+        if parameter is not None and eps is None:
+            raise ValueError(f"eps must be given with {name}: without it nothing is normalised")
     if norm_weight is not None and norm_bias is not None and norm_weight.dtype is not norm_bias.dtype:
         raise TypeError(f"norm_bias must have norm_weight's dtype, {norm_weight.dtype}, not {norm_bias.dtype}")
-    dropout.check(dropout_p, dropout_seed, weight.device)
-    if dropout_p > 0.0 and dropout_seed is None:
-        raise ValueError("dropout_seed must be given where dropout_p is")
+    dropout.check_drawn(dropout_p, dropout_seed, weight.device)
 
 
 def _check_ids(name, ids):
@@ -217,8 +212,7 @@ def embedding(
         position_ids, segment_ids = _fitted(position_ids, token_ids), _fitted(segment_ids, token_ids)
         tensors = token_ids, weight, positions, position_ids, segments, segment_ids
         if dropout_p != 0.0 or dropout_seed is not None:
-            dropout.check(dropout_p, dropout_seed, weight.device)
-            dropout_seed = dropout.seed_tensor(dropout_seed, weight.device)
+            dropout_seed = dropout.seed_of(dropout_p, dropout_seed, weight.device)
         padding = -1 if padding_idx is None else _row_number(padding_idx, weight)
         if backends.reference_serves(weight, kernels=backends.WITHOUT_CUDA):
             _check(*tensors, *norm, scale, eps, dropout_seed, dropout_p)

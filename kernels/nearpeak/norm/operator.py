@@ -7,7 +7,7 @@ find it in the cache; so forward saves nothing but its own input, and one kernel
 import torch
 
 from .. import backends, operators
-from ..checks import check_contiguous, check_floating, check_same
+from ..checks import check_contiguous, check_floating, check_parameter, check_same
 from . import reference
 
 if backends.missing("triton") is None:
@@ -79,19 +79,6 @@ def _check(x, weight, residual=None, bias=None):
         raise TypeError(f"bias must have weight's dtype, {weight.dtype}, not {bias.dtype}")
     if residual is not None:
         check_same("residual", residual, "x", x, "shape", "dtype", "device")
-
-
-def check_parameter(name, parameter, x, x_name):
-    if parameter is None:
-        return
-    if not isinstance(parameter, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None, not {type(parameter).__name__}")
-    if parameter.device != x.device:
-        raise ValueError(f"{name} must be on {x_name}'s device {x.device}, not on {parameter.device}")
-    if parameter.shape != x.shape[-1:]:
-        raise ValueError(f"{name} must have shape {tuple(x.shape[-1:])}, {x_name}'s last, not {tuple(parameter.shape)}")
-    if parameter.dtype is not x.dtype and parameter.dtype is not torch.float32:
-        raise TypeError(f"{name} must be {x.dtype} as {x_name}, or float32, not {parameter.dtype}")
 
 
 def _check_out(x, pair, out):

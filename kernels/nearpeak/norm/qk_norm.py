@@ -3,9 +3,9 @@
 import torch
 
 from .. import backends, operators
-from ..checks import check_floating, check_same, check_same_kind
+from ..checks import check_floating, check_parameter, check_same, check_same_kind
 from . import reference
-from .operator import check_parameter, empty_gradient
+from .operator import empty_gradient
 
 if backends.missing("triton") is None:
     from . import triton_qk_norm as triton_kernels

@@ -82,7 +82,7 @@ def served(module: torch.nn.Module) -> tuple[type | None, str] | None:
 
 def _served_table(module: torch.nn.Embedding) -> tuple[type | None, str]:
     kind, weight = type(module), module.weight
-    if module.max_norm is not None or module.scale_grad_by_freq:
+    if layers.is_torchs_own(module):
         return None, "max_norm and scale_grad_by_freq are torch's own"
     if _copies_rows(module):
         return serving_plain(kind), PLAIN_DETAIL
