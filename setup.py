@@ -27,7 +27,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
-# Simplest first: the last one that the processor can run is chosen. Emulated ones are never the last.
+# Simplest first: the last one that the processor can run is chosen. Emulated ones are never the last. The order is that
+# of linking, too: of an inline function outside of the sets' namespaces the linker keeps the first set's code, which
+# every processor runs.
 INSTRUCTION_SETS = {
     "portable": [],
     "avx512_emulated": [*AVX2, "-DNEARPEAK_LANES=16"],

@@ -1,4 +1,4 @@
-"""Quantised matrices of GGUF files: the numbers of the format's definition, and a clear error for any other file."""
+"""GGUF files: the numbers of the format's definition, and a clear error for any other file."""
 
 import pathlib
 import struct
@@ -6,10 +6,11 @@ import struct
 import nearpeak
 import pytest
 import torch
+from gguf_blocks import one_by_one, random_blocks
 from inputs import randn
+from nearpeak.linear.gguf_blocks import TYPES
 
-Q4_0, Q8_0, F32 = 2, 8, 0
-ROWS, WIDTH = 3, 96
+ROWS, WIDTH = 3, 512
 
 
 def string(text):
@@ -27,38 +28,32 @@ def metadata(alignment):
     return len(values), b"".join(values)
 
 
-def blocks_of(kind):
-    """Random blocks, and the weight they stand for, code by code as the format defines it."""
-    generator = torch.Generator().manual_seed(kind)
-    scales = randn(ROWS, WIDTH // 32, seed=kind).half()
-    stored, weight = bytearray(), torch.empty(ROWS, WIDTH, dtype=torch.float64)
-    for row in range(ROWS):
-        for block in range(WIDTH // 32):
-            scale = scales[row, block]
-            stored += struct.pack("<e", float(scale))
-            count = 32 if kind == Q8_0 else 16
-            codes = torch.randint(0, 256, (count,), generator=generator).tolist()
-            stored += bytes(codes)
-            for i in range(32):
-                if kind == Q8_0:
-                    code = codes[i] - 256 if codes[i] > 127 else codes[i]
-                else:
-                    code = (codes[i] & 15 if i < 16 else codes[i - 16] >> 4) - 8
-                weight[row, 32 * block + i] = float(scale) * code
-    return bytes(stored), weight
+FLOATS = {"plain": (0, torch.float32), "half": (1, torch.float16), "brain": (30, torch.bfloat16)}
+UNKNOWN = "ternary", 34
+
+
+def floats_of(name):
+    return randn(ROWS, WIDTH, dtype=FLOATS[name][1], seed=FLOATS[name][0])
+
+
+def contents():
+    """The type and bytes of every tensor of the toy file; one is of a type that is not read."""
+    for name, (number, _) in FLOATS.items():
+        yield name, number, bytes(floats_of(name).view(torch.uint8).flatten().tolist())
+    yield *UNKNOWN, bytes(7)
+    for kind, block in TYPES.items():
+        yield kind, block.number, bytes(random_blocks(kind, ROWS, WIDTH).flatten().tolist())
 
 
 def file_of(version=3, magic=b"GGUF", alignment=32, shape=(WIDTH, ROWS)):
-    """A file of a Q4_0, a float32 and a Q8_0 tensor."""
     count, values = metadata(alignment)
-    stored = {"four": (Q4_0, blocks_of(Q4_0)[0]), "plain": (F32, bytes(4 * ROWS * WIDTH))}
-    stored["eight"] = (Q8_0, blocks_of(Q8_0)[0])
-    described, body = b"", b""
-    for name, (kind, content) in stored.items():
+    described, body, tensors = b"", b"", 0
+    for name, number, content in contents():
         body += bytes(-len(body) % alignment)
-        described += string(name) + struct.pack("<IQQIQ", 2, *shape, kind, len(body))
+        described += string(name) + struct.pack("<IQQIQ", 2, *shape, number, len(body))
         body += content
-    head = magic + struct.pack("<IQQ", version, len(stored), count) + values + described
+        tensors += 1
+    head = magic + struct.pack("<IQQ", version, tensors, count) + values + described
     return head + bytes(-len(head) % alignment) + body
 
 
@@ -74,43 +69,55 @@ def written(tmp_path):
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("alignment", [1, 32, 128])
-def test_weights_are_the_files_numbers(written, version, alignment):
-    weights = nearpeak.read_gguf(written(file_of(version, alignment=alignment)))
-    assert list(weights) == ["four", "eight"]
-    for name, kind in (("four", Q4_0), ("eight", Q8_0)):
-        weight = weights[name]
-        assert (weight.out_features, weight.in_features, weight.group_size) == (ROWS, WIDTH, 32)
-        assert torch.equal(weight.dequantize(torch.float64), blocks_of(kind)[1])
+def test_tensors_are_the_files_numbers(written, version, alignment):
+    tensors = nearpeak.read_gguf(written(file_of(version, alignment=alignment)))
+    assert list(tensors) == [*FLOATS, *TYPES]
+    for name in FLOATS:
+        assert torch.equal(tensors[name], floats_of(name))
+    for kind in TYPES:
+        weight, blocks = tensors[kind], random_blocks(kind, ROWS, WIDTH)
+        assert (weight.kind, weight.out_features, weight.in_features) == (kind, ROWS, WIDTH)
+        assert torch.equal(weight.blocks, blocks)
         x = randn(2, WIDTH)
-        expected = x.double() @ blocks_of(kind)[1].mT
+        expected = x.double() @ one_by_one(kind, blocks).mT
         torch.testing.assert_close(nearpeak.quantized_linear(x, weight).double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_file_is_mapped_and_stays_what_it_is(written):
+    path = written(file_of())
+    tensors = nearpeak.read_gguf(path)
+    assert len({tensors[kind].blocks.untyped_storage().data_ptr() for kind in TYPES}) == 1
+    tensors["Q8_0"].blocks.zero_()
+    assert path.read_bytes() == file_of()
 
 
 def test_names_choose(written):
     path = written(file_of())
-    assert list(nearpeak.read_gguf(path, names=["eight"])) == ["eight"]
-    for name in ("plain", "absent"):
-        with pytest.raises(ValueError, match=f"holds no matrix '{name}'"):
+    assert list(nearpeak.read_gguf(path, names=["Q8_0", "plain"])) == ["Q8_0", "plain"]
+    for name in (UNKNOWN[0], "absent"):
+        with pytest.raises(ValueError, match=f"holds no tensor '{name}' of a type that is read"):
             nearpeak.read_gguf(str(path), names=[name])
 
 
-def test_as_the_gguf_package_reads_them(tmp_path):
+def test_as_the_gguf_package_writes_them(tmp_path):
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "theirs.gguf"
     writer, floats = gguf.GGUFWriter(path, "toy"), randn(5, 64).numpy()
-    kinds = {"four": gguf.GGMLQuantizationType.Q4_0, "eight": gguf.GGMLQuantizationType.Q8_0}
-    for name, kind in kinds.items():
-        writer.add_tensor(name, gguf.quantize(floats, kind), raw_dtype=kind)
+    kinds = ("Q4_0", "Q5_0", "Q8_0")
+    for kind in kinds:
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(kind, gguf.quantize(floats, number), raw_dtype=number)
     for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
         getattr(writer, step)()
-    for name, kind in kinds.items():
-        theirs = gguf.dequantize(gguf.quantize(floats, kind), kind)
-        assert torch.equal(nearpeak.read_gguf(path)[name].dequantize(), torch.from_numpy(theirs))
+    for kind in kinds:
+        number = gguf.GGMLQuantizationType[kind]
+        theirs = gguf.dequantize(gguf.quantize(floats, number), number)
+        assert torch.equal(nearpeak.read_gguf(path)[kind].dequantize(), torch.from_numpy(theirs))
 
 
 def test_a_file_cut_off_anywhere_is_refused(written):
     content = file_of()
-    for length in [*range(0, 400, 7), *range(400, len(content), 97), len(content) - 1]:
+    for length in [*range(0, 600, 7), *range(600, len(content), 397), len(content) - 1]:
         with pytest.raises(ValueError, match=r"is no GGUF file that can be read: it (ends before|does not begin)"):
             nearpeak.read_gguf(written(content[:length]))
 
@@ -121,12 +128,13 @@ WRONG = {
     "old": (lambda: file_of(version=1), "version 1"),
     "alignment": (lambda: file_of(alignment=24), "alignment 24 is not a power of two"),
     "half_blocks": (lambda: file_of(shape=(48, 6)), "no whole blocks"),
-    "no_rows": (lambda: file_of(shape=(32, 0)), "no whole blocks"),
-    "huge": (lambda: file_of(shape=(2**40, 2**40)), "it ends before tensor 'four'"),
+    "part_of_a_block": (lambda: file_of(shape=(32, 6)), "no whole blocks of 256"),
+    "no_rows": (lambda: file_of(shape=(512, 0)), "no whole blocks"),
+    "huge": (lambda: file_of(shape=(2**40, 2**40)), "it ends before tensor 'plain'"),
     "many_values": (lambda: _patched(16, struct.pack("<Q", 2**60)), "it ends before|unknown type"),
     "value_type": (lambda: file_of().replace(b"architecture\x08", b"architecture\x63"), "unknown type 99"),
     "name": (lambda: file_of().replace(b"toy.words", b"toy.\xff\xfe\xfd\xfcs"), "is not UTF-8"),
-    "scale": (lambda: file_of()[: -len(blocks_of(Q8_0)[0])] + b"\x00\x7c" + blocks_of(Q8_0)[0][2:], "not finite"),
+    "scale": (lambda: file_of()[:-2] + b"\x00\x7c", "tensor 'Q6_K' has scales that are not finite"),
 }  # fmt: skip
 
 
@@ -143,9 +151,9 @@ def test_a_corrupt_file_is_refused(written, wrong):
 
 
 def test_dimensions_are_bounded(written):
-    described = string("four") + struct.pack("<I", 2)
+    described = string("plain") + struct.pack("<I", 2)
     with pytest.raises(ValueError, match="has 99 dimensions"):
-        nearpeak.read_gguf(written(file_of().replace(described, string("four") + struct.pack("<I", 99))))
+        nearpeak.read_gguf(written(file_of().replace(described, string("plain") + struct.pack("<I", 99))))
 
 
 def test_no_file_is_an_operating_system_error(tmp_path):

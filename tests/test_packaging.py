@@ -9,7 +9,6 @@ import re
 import nearpeak
 import pytest
 import torch
-from test_gguf import file_of as gguf_file
 
 FUNCTIONS = [name for name in nearpeak.__all__ if inspect.isroutine(getattr(nearpeak, name))]
 DOCUMENTED = {
@@ -53,14 +52,16 @@ def test_every_public_name_is_documented_with_an_example(name):
 def names(tmp_path, monkeypatch):
     """What examples may use without making it."""
     monkeypatch.chdir(tmp_path)
-    pathlib.Path("model.gguf").write_bytes(gguf_file())
     available = {"torch": torch, "nearpeak": nearpeak}
     try:
-        import tiny_models
+        import test_load_gguf
     except pytest.skip.Exception:
         return available
-    model = tiny_models.make("llama")
-    return {**available, "model": model, "inputs": {"input_ids": tiny_models.random_ids(), "max_new_tokens": 2}}
+    model = test_load_gguf.MODELS["llama"](tied=True).eval()
+    test_load_gguf.write(pathlib.Path("model.gguf"), "llama", model, tied=True)
+    inputs = {"input_ids": torch.tensor([[2, 17, 42]]), "max_new_tokens": 2}
+    transformers = test_load_gguf.transformers
+    return {**available, "transformers": transformers, "config": model.config, "model": model, "inputs": inputs}
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

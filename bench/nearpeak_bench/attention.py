@@ -16,7 +16,14 @@ from .cases import Case, Operator, Work
 
 HEADS = 16
 SEQUENCES = [128, 512, 2048, 4096]
-QUICK_SEQUENCES = SEQUENCES[:3]
+# (sequence, head_dim, mask, key_heads)
+QUICK = {
+    torch.float32: [
+        (128, 64, "causal", HEADS), (128, 128, "causal", HEADS), (512, 64, "causal", HEADS), (2048, 64, "full", HEADS),
+        (2048, 64, "causal", HEADS), (2048, 128, "causal", HEADS // 4),
+    ],
+    torch.bfloat16: [(128, 64, "causal", HEADS), (512, 128, "causal", HEADS), (512, 128, "full", HEADS // 4)],
+}  # fmt: skip
 TRAINING_SEQUENCES = SEQUENCES[1:3]
 # Without bfloat16 units, PyTorch's backward of the next length takes 15 seconds a call in bfloat16.
 QUICK_TRAINING_SEQUENCE = 512
@@ -136,9 +143,11 @@ def _cases():
             SEQUENCES, HEAD_DIMS, ("full", "causal"), (HEADS, HEADS // 4)
         ):
             shape = {"heads": HEADS, "key_heads": key_heads, "queries": length, "keys": length, "head_dim": head_dim}
-            yield Case(attention, {**shape, "mask": mask}, dtype, quick=length in QUICK_SEQUENCES)
+            yield Case(
+                attention, {**shape, "mask": mask}, dtype, quick=(length, head_dim, mask, key_heads) in QUICK[dtype]
+            )
             if length in TRAINING_SEQUENCES:
-                quick = length == QUICK_TRAINING_SEQUENCE and key_heads == HEADS
+                quick = length == QUICK_TRAINING_SEQUENCE and (head_dim, mask, key_heads) == (64, "causal", HEADS)
                 yield Case(attention, {**shape, "mask": mask}, dtype, "training", quick=quick)
     window = {"heads": 8, "key_heads": 8, "queries": 8192, "keys": 8192, "head_dim": 64, "mask": 512}
     decode = {"heads": 32, "key_heads": 8, "queries": 1, "keys": 4096, "head_dim": 128, "mask": "full"}

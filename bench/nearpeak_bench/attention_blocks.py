@@ -109,7 +109,7 @@ def _cases():
     for dtype in DTYPES:
         for mask in ("prefix", "documents", "chunked", "window"):
             shape = {"heads": HEADS, "length": LENGTH, "head_dim": HEAD_DIM, "mask": mask}
-            yield Case(attention_blocks, shape, dtype, quick=mask in ("prefix", "documents"))
+            yield Case(attention_blocks, shape, dtype, quick=dtype is torch.float32 and mask == "documents")
             # PyTorch's backward takes many seconds a call in bfloat16 without bfloat16 units.
             yield Case(attention_blocks_training, shape, dtype, "training", quick=False)
 

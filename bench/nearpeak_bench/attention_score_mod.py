@@ -127,7 +127,7 @@ def _cases():
     for dtype in (torch.float32, torch.bfloat16):
         for mod in ("alibi", "table", "softcap"):
             shape = {"length": LENGTH, "mod": mod}
-            yield Case(attention_score_mod, shape, dtype, quick=mod != "softcap")
+            yield Case(attention_score_mod, shape, dtype, quick=mod != "softcap" and dtype is torch.float32)
             # PyTorch's backward takes many seconds a call in bfloat16 without bfloat16 units.
             yield Case(attention_score_mod_training, shape, dtype, "training", quick=False)
 

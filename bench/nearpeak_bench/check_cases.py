@@ -48,11 +48,17 @@ SHAPES = {
         for rows in (5, 64)
         for activation, residual in (("gelu", True), ("gelu", False), (None, True))
     ],
+    "lora_linear": [{"rows": rows, "inputs": 77, "outputs": 53} for rows in (1, 5, 64)],
     "quantized_linear": [
         {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (1, 5, 64) for bits in (8, 4)
     ],
     "quantized_linear_epilogue": [
         {"rows": rows, "inputs": 192, "outputs": 53, "bits": bits} for rows in (5, 64) for bits in (8, 4)
+    ],
+    "gguf_linear": [
+        {"rows": rows, "inputs": 256, "outputs": 53, "kind": kind}
+        for rows in (1, 20)
+        for kind in ("Q5_0", "Q4_K", "Q6_K")
     ],
     "attention": [{**HEADS, "queries": 37, "keys": 37, "mask": mask} for mask in ("full", "causal")]
     + [{**HEADS, "queries": 5, "keys": 133, "mask": "causal"}, {**WIDE, "queries": 9, "keys": 19, "mask": "causal"}],

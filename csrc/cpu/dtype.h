@@ -25,5 +25,17 @@ inline void with_type(Dtype dtype, Function function) {
     }
 }
 
+// Likewise with two, of an input and of its parameters, which are of its type or float32.
+template <class Function>
+inline void with_types(Dtype dtype, Dtype parameter_dtype, Function function) {
+    with_type(dtype, [&](auto* t) {
+        if (parameter_dtype == dtype) {
+            function(t, t);
+        } else {
+            function(t, static_cast<float*>(nullptr));
+        }
+    });
+}
+
 }  // namespace nearpeak::NEARPEAK_ISA
 #endif

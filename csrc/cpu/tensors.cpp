@@ -128,6 +128,15 @@ bool dense_last(const Tensor& tensor) {
     return sizes.empty() || sizes.back() <= 1 || tensor.strides().back() == 1 || tensor.numel() == 0;
 }
 
+bool is_parameter_of(const std::optional<Tensor>& parameter, const Tensor& x) {
+    return !parameter ||
+           (parameter->dim() == 1 && parameter->size(0) == x.sizes().back() && same_kind(*parameter, x, true));
+}
+
+Tensor empty_gradient_of(const std::optional<Tensor>& parameter, const Tensor& x) {
+    return parameter ? empty_laid_out_like(*parameter) : empty_like_dtype(x, {0});
+}
+
 Tensor empty_laid_out_like(const Tensor& like) { return empty_laid_out_like(like, like.sizes().data()); }
 
 Tensor empty_laid_out_like(const Tensor& like, const int64_t* sizes) {

@@ -36,6 +36,11 @@ bool same_kind(const Tensor& tensor, const Tensor& like, bool or_float32 = false
 bool is_like(const Tensor& tensor, const Tensor& like);  // in shape and kind
 bool dense_last(const Tensor& tensor);
 
+// Whether a parameter over x's last dimension, of x's dtype or float32, is not given or fits.
+bool is_parameter_of(const std::optional<Tensor>& parameter, const Tensor& x);
+// For its gradient, a new tensor like it; without the parameter an empty one.
+Tensor empty_gradient_of(const std::optional<Tensor>& parameter, const Tensor& x);
+
 // Whether p is a probability below 1, and the seed one int64 on the CPU wherever p is above 0.
 bool drops_rightly(const std::optional<Tensor>& seed, double p);
 Dropout dropout_of(const std::optional<Tensor>& seed, double p);

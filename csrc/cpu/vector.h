@@ -253,6 +253,14 @@ inline Float load(const float16* from) { return widen_float16(load_bits(from)); 
 inline void store(float16* to, Float value) { store_bits(to, narrow_float16(value)); }
 #endif
 
+inline float to_float(float16 half) {
+#if defined(__F16C__)
+    return _cvtsh_ss(half.bits);
+#else
+    return widen_float16(Short{half.bits})[0];
+#endif
+}
+
 // How many lanes of a vector are meant: all, known to the compiler, or the first `count`. Loading the first few gives
 // zeros after them; no memory beyond them is touched.
 struct AllLanes {};

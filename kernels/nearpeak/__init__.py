@@ -15,14 +15,16 @@ from .backends import use_backend, use_isa
 from .embedding import embedding
 from .explain import explain
 from .feedforward import activation, geglu, reglu, swiglu
-from .linear import QuantizedWeight, linear, quantize_weight, quantized_linear, read_gguf
+from .linear import GgufWeight, QuantizedWeight, linear, lora_linear, quantize_weight, quantized_linear, read_gguf
 from .norm import layer_norm, qk_norm, rms_norm
-from .patching import PatchReport, QuantizationReport, patch, patched, quantize, unpatch
+from .patching import GgufReport, PatchReport, QuantizationReport, load_gguf, patch, patched, quantize, unpatch
 from .rotary import apply_rotary, rotary_frequencies, rotary_tables
 from .version import __version__
 
 __all__ = [
     "BlockMask",
+    "GgufReport",
+    "GgufWeight",
     "PatchReport",
     "QuantizationReport",
     "QuantizedWeight",
@@ -38,6 +40,8 @@ __all__ = [
     "geglu",
     "layer_norm",
     "linear",
+    "load_gguf",
+    "lora_linear",
     "masks",
     "merge_attention",
     "nn",

@@ -2,7 +2,7 @@
 
 from .attention.layers import MultiheadAttention
 from .embedding import Embedding
-from .linear import Linear, QuantizedLinear
+from .linear import GgufEmbedding, GgufLinear, Linear, LoRALinear, QuantizedLinear
 from .norm import LayerNorm, RMSNorm
 from .positions import (
     LearnedPositions,
@@ -14,9 +14,12 @@ from .positions import (
 
 __all__ = [
     "Embedding",
+    "GgufEmbedding",
+    "GgufLinear",
     "LayerNorm",
     "LearnedPositions",
     "Linear",
+    "LoRALinear",
     "MultiheadAttention",
     "QuantizedLinear",
     "RMSNorm",

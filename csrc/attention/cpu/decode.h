@@ -173,7 +173,11 @@ class Decode {
             for (int k = 0; k < kKeys; ++k) coming_values.next();
             Float score = multiply_keys<kRows>(row, key, end - 1);
             if (p.softcap > 0) score = capped(p, score);
-            if (p.has_program()) modify_vector<kRows>(row, key, score);
+            store(scores + (key - begin) * kRows, score);
+        }
+        if (p.has_program()) modify_scores<kRows>(row, begin, end);
+        for (int64_t key = begin; key < end; key += kKeys) {
+            Float score = load(scores + (key - begin) * kRows);
             if (p.has_terms()) score += load(memory.terms + (key - begin) * kRows);
             if (masked || key + kKeys > end) {
                 const Int number = lane_numbers() / kRows + static_cast<int32_t>(key - begin);
@@ -225,18 +229,24 @@ class Decode {
         }
     }
 
-    // A vector of scores: of kRows rows, and of the keys from `key` on.
     template <int kRows>
-    void modify_vector(int64_t row, int64_t key, Float& score) const {
-        ScorePlaces places{static_cast<int32_t>(task.sequence.batch), {}, {}, {}};
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const auto [position, head] = place_of(p, task, task.row_begin + std::min(row + lane % kRows, rows - 1));
-            places.head[0][lane] = static_cast<int32_t>(head);
-            places.query[0][lane] = static_cast<int32_t>(task.sequence.query_begin + position);
-        }
-        places.key[0] = lane_numbers() / kRows + static_cast<int32_t>(task.sequence.key_begin + key);
+    void modify_scores(int64_t row, int64_t begin, int64_t end) const {
+        ScorePlaces places =
+            places_of_lanes(p, task, [&](int lane) { return task.row_begin + std::min(row + lane % kRows, rows - 1); });
         ScoreRunner run(p.score_program);
-        run(places, &score, nullptr, 1);
+        Int key = lane_numbers() / kRows + static_cast<int32_t>(task.sequence.key_begin + begin);
+        const int64_t count = (end - begin) * kRows;
+        for (int64_t i = 0; i < count; i += kVectorsTogether * kLanes) {
+            const int64_t left = (count - i + kLanes - 1) / kLanes;
+            const int vectors = static_cast<int>(std::min<int64_t>(kVectorsTogether, left));
+            Float block[kVectorsTogether];
+            for (int vector = 0; vector < vectors; ++vector, key += kLanes / kRows) {
+                places.key[vector] = key;
+                block[vector] = load(memory.scores + i + vector * kLanes);
+            }
+            run(places, block, nullptr, vectors);
+            for (int vector = 0; vector < vectors; ++vector) store(memory.scores + i + vector * kLanes, block[vector]);
+        }
     }
 
     // As the scores lie: key by key, all rows of a key.

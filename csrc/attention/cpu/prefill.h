@@ -144,14 +144,8 @@ class Prefill {
 
     void modify_scores(PanelRows rows, int half, int64_t begin, int64_t end) {
         ScoreRunner run(p.score_program);
-        ScorePlaces places{static_cast<int32_t>(task.sequence.batch), {}, {}, {}};
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const auto [position, head] = place_of(p, task, std::min(rows.begin + half * kLanes + lane, rows.end - 1));
-            places.head[0][lane] = static_cast<int32_t>(head);
-            places.query[0][lane] = static_cast<int32_t>(task.sequence.query_begin + position);
-        }
-        std::fill_n(places.head + 1, kVectorsTogether - 1, places.head[0]);
-        std::fill_n(places.query + 1, kVectorsTogether - 1, places.query[0]);
+        ScorePlaces places = places_of_lanes(
+            p, task, [&](int lane) { return std::min(rows.begin + half * kLanes + lane, rows.end - 1); });
         for (int64_t key = begin; key < end; key += kVectorsTogether) {
             const int count = static_cast<int>(std::min<int64_t>(kVectorsTogether, end - key));
             float* const at = scores + (key - begin) * kPanel + half * kLanes;

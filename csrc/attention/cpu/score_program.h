@@ -5,6 +5,7 @@
 // one row, rows of one key, or both.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "score_terms.h"
@@ -275,6 +276,20 @@ class ScoreRunner {
         }
     }
 };
+
+// Places of vectors whose lanes are rows of the task, row_of(lane) each; their keys are the caller's to set.
+template <class RowOf>
+inline ScorePlaces places_of_lanes(const Call& p, const Task& task, RowOf row_of) {
+    ScorePlaces places{static_cast<int32_t>(task.sequence.batch), {}, {}, {}};
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const auto [position, head] = place_of(p, task, row_of(lane));
+        places.head[0][lane] = static_cast<int32_t>(head);
+        places.query[0][lane] = static_cast<int32_t>(task.sequence.query_begin + position);
+    }
+    std::fill_n(places.head + 1, kVectorsTogether - 1, places.head[0]);
+    std::fill_n(places.query + 1, kVectorsTogether - 1, places.query[0]);
+    return places;
+}
 
 // Of one row: scores of the keys from `begin` on, `count` of them in whole vectors; with slopes these too.
 inline void modify_row(const Call& p, const Task& task, int64_t row, int64_t begin, int64_t count, float* scores,

@@ -153,20 +153,8 @@ void backward_normalised(const Backward& p, int64_t token, const T* grad, T* d_h
     });
 }
 
-// The norm's weight and bias are of the tables' type, or float32.
-template <class Function>
-void with_types(const Call& p, Function function) {
-    with_type(p.dtype, [&](auto* t) {
-        if (p.norm_dtype == p.dtype) {
-            function(t, t);
-        } else {
-            function(t, static_cast<float*>(nullptr));
-        }
-    });
-}
-
 void forward(const Forward& p, int64_t begin, int64_t end, float* scratch) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.norm_dtype, [&](auto* t, auto* w) {
         using T = std::remove_pointer_t<decltype(t)>;
         using W = std::remove_pointer_t<decltype(w)>;
         for (int64_t token = begin; token < end; ++token) {
@@ -181,7 +169,7 @@ void forward(const Forward& p, int64_t begin, int64_t end, float* scratch) {
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums, float* scratch) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.norm_dtype, [&](auto* t, auto* w) {
         using T = std::remove_pointer_t<decltype(t)>;
         using W = std::remove_pointer_t<decltype(w)>;
         for (int64_t token = begin; token < end; ++token) {
@@ -197,7 +185,7 @@ void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums, fl
 }
 
 void sum_parts(const Backward& p, Parts parts, void* total, int64_t begin, int64_t end) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.norm_dtype, [&](auto* t, auto* w) {
         add_up_parts<std::remove_pointer_t<decltype(t)>>(parts, static_cast<decltype(w)>(total), begin, end);
     });
 }
@@ -228,25 +216,32 @@ void sum_chain(const TableGradient& p, int64_t row, int64_t first_column, int64_
 
 // A row that one token took, as most rows are that any took.
 template <class T>
-void scale_one(const TableGradient& p, int64_t row, int64_t first_column, int64_t last_column) {
-    const T* from = static_cast<const T*>(p.d_hidden) + p.d_hidden_rows(p.first[row]) + first_column;
-    T* to = static_cast<T*>(p.d_table) + row * p.width + first_column;
-    for_each_two<T>(last_column - first_column, [&](int64_t column, auto lanes, int) {
+void scale_one(const TableGradient& p, int64_t row) {
+    const T* from = static_cast<const T*>(p.d_hidden) + p.d_hidden_rows(p.first[row]);
+    T* to = static_cast<T*>(p.d_table) + row * p.width;
+    for_each_two<T>(p.width, [&](int64_t column, auto lanes, int) {
         store(to + column, p.scale * load(from + column, lanes), lanes);
     });
 }
 
-void table_gradient(const TableGradient& p, int64_t begin, int64_t end, int64_t first_column, int64_t last_column) {
+void row_gradient(const TableGradient& p, int64_t row, int64_t first_column, int64_t last_column) {
+    with_type(p.dtype,
+              [&](auto* t) { sum_chain<std::remove_pointer_t<decltype(t)>>(p, row, first_column, last_column); });
+}
+
+// Row after row, as they lie: most of the table is new memory, whose pages no two threads should meet in.
+void table_gradient(const TableGradient& p, int64_t begin, int64_t end) {
     with_type(p.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         for (int64_t row = begin; row < end; ++row) {
             if (p.first[row] < 0) {
-                T* to = static_cast<T*>(p.d_table) + row * p.width;
-                std::memset(to + first_column, 0, (last_column - first_column) * sizeof(T));
+                std::memset(static_cast<T*>(p.d_table) + row * p.width, 0, p.width * sizeof(T));
             } else if (p.next[p.first[row]] < 0) {
-                scale_one<T>(p, row, first_column, last_column);
-            } else {
-                sum_chain<T>(p, row, first_column, last_column);
+                scale_one<T>(p, row);
+            } else if (!is_long_chain(p, row)) {
+                for (int64_t column = 0; column < p.width; column += kGradientColumns) {
+                    sum_chain<T>(p, row, column, std::min(column + kGradientColumns, p.width));
+                }
             }
         }
     });
@@ -254,6 +249,6 @@ void table_gradient(const TableGradient& p, int64_t begin, int64_t end, int64_t 
 
 }  // namespace
 
-const Kernels kernels = {forward, backward, sum_parts, table_gradient};
+const Kernels kernels = {forward, backward, sum_parts, table_gradient, row_gradient};
 
 }  // namespace nearpeak::embedding::NEARPEAK_ISA

@@ -67,8 +67,16 @@ struct TableGradient {
     Dtype dtype;
 };
 
-// Columns that table_gradient may take at once.
+// Columns that one row's gradient is summed in at once.
 constexpr int64_t kGradientColumns = 256;
+
+// Whether so many tokens took the row that its columns are worth spreading over tasks.
+inline bool is_long_chain(const TableGradient& p, int64_t row) {
+    constexpr int64_t kLongChain = 256;
+    int64_t count = 0;
+    for (int64_t token = p.first[row]; token >= 0 && count <= kLongChain; token = p.next[token]) ++count;
+    return count > kLongChain;
+}
 
 struct Kernels {
     // Tokens [begin, end). `scratch` holds padded(width) floats where the call normalises.
@@ -78,8 +86,9 @@ struct Kernels {
     void (*backward)(const Backward&, int64_t begin, int64_t end, ColumnSums sums, float* scratch);
     // total[column] = sum of all parts' column, for columns [begin, end), in the norm's type.
     void (*sum_parts)(const Backward&, Parts parts, void* total, int64_t begin, int64_t end);
-    // Rows [begin, end), and at most kGradientColumns columns of them.
-    void (*table_gradient)(const TableGradient&, int64_t begin, int64_t end, int64_t first_column, int64_t last_column);
+    // Rows [begin, end) but for those whose chain is long; and of one row at most kGradientColumns columns.
+    void (*table_gradient)(const TableGradient&, int64_t begin, int64_t end);
+    void (*row_gradient)(const TableGradient&, int64_t row, int64_t first_column, int64_t last_column);
 };
 
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)

@@ -65,18 +65,13 @@ class Described {
         return !table || (table->dim() == 2 && table->size(1) == weight.size(1) && same_kind(*table, weight));
     }
 
-    static bool is_parameter(const Optional& parameter, const Tensor& weight) {
-        return !parameter ||
-               (parameter->dim() == 1 && parameter->size(0) == weight.size(1) && same_kind(*parameter, weight, true));
-    }
-
     static bool are_options(const Arguments& a) {
         if ((!a.eps && (a.norm_weight || a.norm_bias)) || (a.position_ids && !a.positions) ||
             (a.segment_ids && !a.segments)) {
             return false;
         }
         if (a.norm_weight && a.norm_bias && a.norm_weight->scalar_type() != a.norm_bias->scalar_type()) return false;
-        return is_parameter(a.norm_weight, a.weight) && is_parameter(a.norm_bias, a.weight);
+        return is_parameter_of(a.norm_weight, a.weight) && is_parameter_of(a.norm_bias, a.weight);
     }
 
     const void* parameter(const Optional& any) { return any ? keep(made_contiguous(*any)).const_data_ptr() : nullptr; }
@@ -127,16 +122,12 @@ Tensor embedding(const Tensor& ids, const Tensor& weight, Optional positions, Op
     return y;
 }
 
-Tensor gradient_of(const Optional& parameter, const Tensor& like) {
-    return parameter ? empty_laid_out_like(*parameter) : empty_like_dtype(like, {0});
-}
-
 std::tuple<Tensor, Tensor, Tensor> hidden_gradient(const Tensor& grad, const Tensor& ids, const Tensor& weight,
                                                    Optional positions, Optional position_ids, Optional segments,
                                                    Optional segment_ids, Optional norm_weight, Optional norm_bias,
                                                    double scale, std::optional<double> eps, Optional dropout_seed,
                                                    double dropout_p) {
-    Tensor d_norm_weight = gradient_of(norm_weight, weight), d_norm_bias = gradient_of(norm_bias, weight);
+    Tensor d_norm_weight = empty_gradient_of(norm_weight, weight), d_norm_bias = empty_gradient_of(norm_bias, weight);
     const bool has_weight = norm_weight.has_value(), has_bias = norm_bias.has_value();
     const Described described({ids, weight, std::move(positions), std::move(position_ids), std::move(segments),
                                std::move(segment_ids), std::move(norm_weight), std::move(norm_bias), scale, eps,
@@ -171,8 +162,24 @@ struct Chains {
     std::vector<int64_t> first, next;
 };
 
-// Rows of one task, of kGradientColumns columns at most: few enough that rows which many tokens took spread.
+// Rows of one task.
 constexpr int64_t kGradientRows = 64;
+
+void run_table_gradient(const TableGradient& p, int64_t rows) {
+    const Kernels* kernels = kKernels[selected_isa()];
+    parallel_tasks(divide_up(rows, kGradientRows), [&](int64_t task) {
+        kernels->table_gradient(p, task * kGradientRows, std::min((task + 1) * kGradientRows, rows));
+    });
+    std::vector<int64_t> long_rows;
+    for (int64_t row = 0; row < rows; ++row) {
+        if (is_long_chain(p, row)) long_rows.push_back(row);
+    }
+    const int64_t column_blocks = divide_up(p.width, kGradientColumns);
+    parallel_tasks(static_cast<int64_t>(long_rows.size()) * column_blocks, [&](int64_t task) {
+        const int64_t column = task % column_blocks * kGradientColumns;
+        kernels->row_gradient(p, long_rows[task / column_blocks], column, std::min(column + kGradientColumns, p.width));
+    });
+}
 
 Tensor table_gradient(const Tensor& d_hidden, const Tensor& ids_any, int64_t rows, double scale, int64_t padding_idx) {
     const bool fits = d_hidden.is_cpu() && d_hidden.dim() == 2 && is_int64(ids_any) && rows >= 0 &&
@@ -188,13 +195,7 @@ Tensor table_gradient(const Tensor& d_hidden, const Tensor& ids_any, int64_t row
     const TableGradient p{d_hidden_rows.data(),      d_hidden_rows.rows,         chains.first.data(),
                           chains.next.data(),        d_table.mutable_data_ptr(), width,
                           static_cast<float>(scale), dtype_of(d_hidden)};
-    const Kernels* kernels = kKernels[selected_isa()];
-    const int64_t column_blocks = divide_up(width, kGradientColumns);
-    parallel_tasks(divide_up(rows, kGradientRows) * column_blocks, [&](int64_t task) {
-        const int64_t row = task / column_blocks * kGradientRows, column = task % column_blocks * kGradientColumns;
-        kernels->table_gradient(p, row, std::min(row + kGradientRows, rows), column,
-                                std::min(column + kGradientColumns, width));
-    });
+    run_table_gradient(p, rows);
     return d_table;
 }
 

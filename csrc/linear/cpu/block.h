@@ -45,17 +45,8 @@ class BlockProduct {
 
     void run() {
         [[maybe_unused]] const TileUnitFor<T> unit;
-        for (int64_t element = 0; element == 0 || element < p.steps; element += steps * Step::kElements) {
-            const Range chunk{element, std::min(element + steps * Step::kElements, p.steps)};
-            pack_right(chunk);
-            for (int64_t row = 0; row < rows(); row += left_rows) {
-                const int64_t count = std::min(left_rows, rows() - row);
-                pack_left({block.row_begin + row, block.row_begin + row + count}, chunk);
-                for (int64_t panel = 0; panel < panels(); ++panel) {
-                    multiply_panel(count, chunk, panel, sums_of(panel) + row * kPanel);
-                }
-            }
-        }
+        multiply_factors(p.factors(), p.quantized, true);
+        if (p.update) multiply_factors(*p.update, nullptr, false);
         if (p.out_matrix.transposed) {
             store_transposed();
         } else {
@@ -79,8 +70,24 @@ class BlockProduct {
     int64_t panels() const { return (columns() + kPanel - 1) / kPanel; }
     float* sums_of(int64_t panel) const { return sums + panel * round_up(rows(), kRowUnit) * kPanel; }
 
-    void pack_right(Range chunk) {
-        const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
+    // Sums of a first pair begin with it.
+    void multiply_factors(const Factors& factors, const Quantized* quantized, bool first) {
+        for (int64_t element = 0; element == 0 || element < factors.steps; element += steps * Step::kElements) {
+            const Range chunk{element, std::min(element + steps * Step::kElements, factors.steps)};
+            const bool replaces = first && element == 0;
+            pack_right(factors, chunk);
+            for (int64_t row = 0; row < rows(); row += left_rows) {
+                const int64_t count = std::min(left_rows, rows() - row);
+                pack_left(factors, quantized, {block.row_begin + row, block.row_begin + row + count}, chunk);
+                for (int64_t panel = 0; panel < panels(); ++panel) {
+                    multiply_panel(count, chunk.size(), replaces, panel, sums_of(panel) + row * kPanel);
+                }
+            }
+        }
+    }
+
+    void pack_right(const Factors& factors, Range chunk) {
+        const Stored<T> from{static_cast<const T*>(factors.right), factors.right_rows};
         for (int64_t panel = 0; panel < panels(); ++panel) {
             const int64_t first = block.column_begin + panel * kPanel;
             const Range its_columns{first, std::min(first + kPanel, block.column_end)};
@@ -95,9 +102,9 @@ class BlockProduct {
         }
     }
 
-    void pack_left(Range its_rows, Range chunk) {
-        if (p.quantized) return dequantize_left<Step>(*p.quantized, p.steps, its_rows, chunk, left, left_stride);
-        const Stored<T> from{static_cast<const T*>(p.left), p.left_matrix.rows};
+    void pack_left(const Factors& factors, const Quantized* quantized, Range its_rows, Range chunk) {
+        if (quantized) return dequantize_left<Step>(*quantized, factors.steps, its_rows, chunk, left, left_stride);
+        const Stored<T> from{static_cast<const T*>(factors.left), factors.left_rows};
         if (p.left_matrix.transposed) {
             transpose_left<Step>(from, its_rows, chunk, left, left_stride);
         } else {
@@ -106,13 +113,13 @@ class BlockProduct {
     }
 
     // All left rows with one panel. Of a panel whose columns fill one vector only, that one is multiplied.
-    void multiply_panel(int64_t count, Range chunk, int64_t panel, float* out) const {
+    void multiply_panel(int64_t count, int64_t elements, bool replaces, int64_t panel, float* out) const {
         const float* from = right + panel * steps * kPanel;
         const auto multiply_vectors = [&](auto vectors) {
             if constexpr (kInTiles<T>) {
-                this->template multiply_in_tiles<vectors>(count, chunk, from, out);
+                this->template multiply_in_tiles<vectors>(count, elements, replaces, from, out);
             } else {
-                multiply_rows<vectors>(count, chunk, from, out);
+                multiply_rows<vectors>(count, elements, replaces, from, out);
             }
         };
         if (columns() - panel * kPanel <= kLanes) {
@@ -124,14 +131,14 @@ class BlockProduct {
 
 #ifdef NEARPEAK_HAS_TILES
     template <int kVectors>
-    void multiply_in_tiles(int64_t count, Range chunk, const float* panel, float* out) const {
+    void multiply_in_tiles(int64_t count, int64_t elements, bool replaces, const float* panel, float* out) const {
         const auto pairs = [](const float* at) { return reinterpret_cast<const bfloat16*>(at); };
-        const int64_t size = in_steps<Step>(chunk.size());
+        const int64_t size = in_steps<Step>(elements);
         finish_stores();
         for (int64_t row = 0; row < count; row += kRowUnit) {
             const float* from = left + row * left_stride;
             float* const at = out + row * kPanel;
-            if (chunk.begin == 0) {
+            if (replaces) {
                 zero_all_sums();
             } else {
                 load_all_sums(at, kPanel);
@@ -145,27 +152,27 @@ class BlockProduct {
 #endif
 
     template <int kVectors>
-    void multiply_rows(int64_t count, Range chunk, const float* panel, float* out) const {
+    void multiply_rows(int64_t count, int64_t elements, bool replaces, const float* panel, float* out) const {
         constexpr int kRows = kTile * kPanelVectors / kVectors;
         int64_t row = 0;
-        for (; row + kRows <= count; row += kRows) multiply<kRows, kVectors>(row, chunk, panel, out + row * kPanel);
-        for (; row < count; row += kTile) {
-            with_count(std::min<int64_t>(kTile, count - row),
-                       [&](auto rows) { multiply<rows, kVectors>(row, chunk, panel, out + row * kPanel); });
-        }
+        const auto multiply_from = [&](auto rows) {
+            multiply<rows, kVectors>(row, elements, replaces, panel, out + row * kPanel);
+        };
+        for (; row + kRows <= count; row += kRows) multiply_from(std::integral_constant<int, kRows>{});
+        for (; row < count; row += kTile) with_count(std::min<int64_t>(kTile, count - row), multiply_from);
     }
 
     // Chains need not be short where the result is rounded to 16 bits.
     template <int kRows, int kVectors>
-    void multiply(int64_t row, Range chunk, const float* panel, float* out) const {
+    void multiply(int64_t row, int64_t elements, bool replaces, const float* panel, float* out) const {
         const int64_t chain = std::is_same_v<T, float> ? kChain : steps;
         const float* from = left + row * left_stride;
-        const int64_t size = in_steps<Step>(chunk.size());
+        const int64_t size = in_steps<Step>(elements);
         for (int64_t step = 0; step == 0 || step < size; step += chain) {
             const RowWise<kRows> rows(from + step, left_stride);
             const float* at = panel + step * kPanel;
             const int64_t count = std::min(chain, size - step);
-            if (chunk.begin + step == 0) {
+            if (replaces && step == 0) {
                 multiply_tile<kRows, kVectors, Step>(rows, at, kPanel, count, out, kPanel, kReplace);
             } else {
                 multiply_tile<kRows, kVectors, Step>(rows, at, kPanel, count, out, kPanel, kAdd);
@@ -179,7 +186,7 @@ class BlockProduct {
         for (int64_t row = 0; row < rows(); ++row) {
             T* to = out_row(block.row_begin + row) + block.column_begin;
             for_each_vector(columns(), [&](int64_t column, auto lanes, int) {
-                store(to + column, load(sums_of(column / kPanel) + row * kPanel + column % kPanel), lanes);
+                store(to + column, load(sums_of(column / kPanel) + row * kPanel + column % kPanel) * p.scale, lanes);
             });
         }
     }

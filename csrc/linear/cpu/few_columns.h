@@ -38,21 +38,12 @@ template <class T>
 class FewColumns {
   public:
     FewColumns(const Product& product, Arena& arena)
-        : p(product),
-          // Rows of x must not fall into few sets of the cache. Zen 5, bfloat16 pairs, 640 x 2048, 6 columns: 536
-          // Gflop/s without the vectors between them, 657 with.
-          stride(round_up(p.steps, 2 * kLanes) + 2 * kLanes),
-          x(arena.take<Kept>(p.columns * stride)) {}
+        : p(product), main(p.factors(), p.columns, arena), update(p.update ? *p.update : Factors{}, p.columns, arena) {}
 
     // Rows [begin, end) of y^T.
     void run(int64_t begin, int64_t end) {
-        const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
-        for (int64_t column = 0; column < p.columns; ++column) {
-            const T* at = from.row(column);
-            for_each_step<T>(p.steps, [&](int64_t step, auto lanes, int) {
-                store(x + column * stride + step, load(at + step, lanes), kept(lanes));
-            });
-        }
+        main.widen_x(p.columns);
+        if (p.update) update.widen_x(p.columns);
         const bool long_rows = p.steps * static_cast<int64_t>(sizeof(T)) >= kLongRowBytes;
         for (int64_t row = begin; row < end; row += kLanes) {
             if (long_rows) {
@@ -66,44 +57,73 @@ class FewColumns {
   private:
     using Kept = std::conditional_t<kInPairs<T>, bfloat16, float>;
 
+    struct Pair {
+        Stored<T> weight, given_x;
+        int64_t steps, stride;
+        Kept* x;
+
+        Pair(const Factors& factors, int64_t columns, Arena& arena)
+            : weight{static_cast<const T*>(factors.left), factors.left_rows},
+              given_x{static_cast<const T*>(factors.right), factors.right_rows},
+              steps(factors.steps),
+              // Rows of x must not fall into few sets of the cache. Zen 5, bfloat16 pairs, 640 x 2048, 6 columns: 536
+              // Gflop/s without the vectors between them, 657 with.
+              stride(round_up(steps, 2 * kLanes) + 2 * kLanes),
+              x(arena.take<Kept>(columns * stride)) {}
+
+        void widen_x(int64_t columns) const {
+            for (int64_t column = 0; column < columns; ++column) {
+                const T* from = given_x.row(column);
+                Kept* const to = x + column * stride;
+                for_each_step<T>(steps, [&](int64_t step, auto lanes, int) {
+                    store(to + step, load(from + step, lanes), kept(lanes));
+                });
+            }
+        }
+    };
+
     const Product& p;
-    const int64_t stride;
-    Kept* const x;
+    const Pair main, update;
 
     // kLanes rows of y^T, so that all their sums over lanes are taken together. Rows past the end are the last one's.
     template <bool kLong>
     void multiply_rows(int64_t first, int64_t end) const {
         constexpr int kManyRows = std::min(kSumsTogether, kLanes), kSomeRows = std::min(4, kLanes);
-        const Stored<T> weight{static_cast<const T*>(p.left), p.left_matrix.rows};
-        const T* rows[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) rows[lane] = weight.row(std::min(first + lane, end - 1));
         for (int64_t column = 0; column < p.columns; column += kColumnsTogether) {
             with_count<kColumnsTogether>(std::min<int64_t>(kColumnsTogether, p.columns - column), [&](auto together) {
                 constexpr int kRows = together > 1 ? kSomeRows : kLong ? kManyRows : 1;
-                Float totals[together][kLanes];
-                for (int lane = 0; lane < kLanes; lane += kRows) {
-                    add_rows<kRows, together>(rows + lane, x + column * stride, totals, lane);
-                }
+                Float totals[together][kLanes] = {};
+                add_pair<kRows, together>(main, column, first, end, totals);
+                if (p.update) add_pair<kRows, together>(update, column, first, end, totals);
                 store_totals<T>(p, column, together, first, std::min<int64_t>(kLanes, end - first), totals);
             });
         }
     }
 
+    template <int kRows, int kColumns>
+    [[gnu::always_inline]] void add_pair(const Pair& pair, int64_t column, int64_t first, int64_t end,
+                                         Float (*totals)[kLanes]) const {
+        const T* rows[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) rows[lane] = pair.weight.row(std::min(first + lane, end - 1));
+        for (int lane = 0; lane < kLanes; lane += kRows) {
+            add_rows<kRows, kColumns>(pair, rows + lane, pair.x + column * pair.stride, totals, lane);
+        }
+    }
+
     // A few rows of y^T: in float32 as sums of short chains, for which see kChain.
     template <int kRows, int kColumns>
-    void add_rows(const T* const* rows, const Kept* columns, Float (*totals)[kLanes], int lane) const {
-        const int64_t chunk = std::is_same_v<T, float> ? kChain * kLanes : std::max<int64_t>(p.steps, 1);
-        for (int row = 0; row < kRows; ++row) {
-            for (int column = 0; column < kColumns; ++column) totals[column][lane + row] = Float{};
-        }
-        for (int64_t step = 0; step < p.steps; step += chunk) {
-            add_chunk<kRows, kColumns>(rows, columns, step, std::min(chunk, p.steps - step), totals, lane);
+    void add_rows(const Pair& pair, const T* const* rows, const Kept* columns, Float (*totals)[kLanes],
+                  int lane) const {
+        const int64_t chunk = std::is_same_v<T, float> ? kChain * kLanes : std::max<int64_t>(pair.steps, 1);
+        for (int64_t step = 0; step < pair.steps; step += chunk) {
+            const int64_t count = std::min(chunk, pair.steps - step);
+            add_chunk<kRows, kColumns>(rows, columns, pair.stride, step, count, totals, lane);
         }
     }
 
     template <int kRows, int kColumns>
-    void add_chunk(const T* const* rows, const Kept* columns, int64_t first, int64_t count, Float (*totals)[kLanes],
-                   int lane) const {
+    void add_chunk(const T* const* rows, const Kept* columns, int64_t stride, int64_t first, int64_t count,
+                   Float (*totals)[kLanes], int lane) const {
         constexpr int kSlots = std::max(1, kSumsTogether / (kRows * kColumns));
         Float sums[kRows][kColumns][kSlots] = {};
         for_each_step<T, kSlots>(count, [&](int64_t i, auto lanes, int slot) {

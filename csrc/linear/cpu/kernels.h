@@ -16,31 +16,44 @@ struct Matrix {
     bool transposed;
 };
 
-// A weight of `bits`-bit codes, one scale and perhaps one zero point per row and group of neighbouring steps:
+// Of a quantised weight: codes of 8 or 4 bits, or one of GGUF's blocks (gguf_rows.h).
+enum class Format { bits8, bits4, q4_0, q5_0, q8_0, q4_k, q5_k, q6_k };
+
+// A quantised weight. Rows lie one after the other. Codes have one scale and perhaps one zero point per row and group
+// of neighbouring steps:
 //
 //     weight[row][step] = scales[row][group] * (code[row][step] - zeros[row][group]),  group = step / group_size
 //
-// A zero that is not given is the middle code. Rows lie one after the other. 4-bit codes lie in blocks of
-// kCodeBlock: byte i of a block's kCodeBlock / 2 holds its code i in the low half and code i + kCodeBlock / 2 in the
-// high one, so that each half of a vector of bytes is a vector of neighbouring codes.
+// A zero that is not given is the middle code. 4-bit codes lie in blocks of kCodeBlock: byte i of a block's
+// kCodeBlock / 2 holds its code i in the low half and code i + kCodeBlock / 2 in the high one, so that each half of a
+// vector of bytes is a vector of neighbouring codes. Blocks hold their scales themselves.
 struct Quantized {
-    const uint8_t* codes;
-    const float* scales;
+    Format format;
+    const uint8_t* codes;  // or blocks
+    const float* scales;   // or null
     const uint8_t* zeros;  // or null
-    int group_shift;       // log2 of group_size, which is kCodeBlock at least and divides the steps
-    int bits;              // 8 or 4
+    int group_shift;       // of codes: log2 of the steps of a group, which divide all steps
 };
-constexpr int64_t kCodeBlock = 32;
+constexpr int kBlockShift = 5;
+constexpr int64_t kCodeBlock = 1 << kBlockShift;
 
-//     out[row][column] = bias[row] + sum over steps of left[row][step] * right[step][column]
+//     out[row][column] = bias[row] + scale * sum over steps of left[row][step] * right[step][column]
 //
 //                        left            right           out         steps
 //     y^T  = W x^T       weight          x, transposed   transposed  in_features
 //     d_x  = d_y W       d_y             weight                      out_features
 //     d_W  = d_y^T x     d_y, transposed x                           rows of x
 //
+// A second pair of factors, of a few steps, may be added to the sums: a low-rank update of the weight.
+//
 // Forward computes y^T: elements of `left` are broadcast, and so the weight, the largest of the three, need not be
 // transposed in memory. There `out` may have an epilogue:  activation(before) + residual,  `before` the sum above.
+struct Factors {
+    const void *left, *right;
+    Rows left_rows, right_rows;
+    int64_t steps;
+};
+
 struct Product {
     const void* left;            // or null, where there is
     const Quantized* quantized;  // a quantised one, or null
@@ -50,6 +63,10 @@ struct Product {
     Matrix left_matrix, right_matrix, out_matrix;
     int64_t rows, columns, steps;
     Dtype dtype;
+    const Factors* update;  // lies transposed where the first pair does; or null
+    float scale = 1.0f;     // of the sums
+
+    Factors factors() const { return {left, right, left_matrix.rows, right_matrix.rows, steps}; }
 
     const Activation* activation;  // or null
     const void* residual;          // or null; its rows are y's

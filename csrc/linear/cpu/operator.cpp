@@ -193,25 +193,30 @@ bool is_quantized_weight_of(const Tensor& codes, const Tensor& scales, const std
            (!zeros || is_matrix(*zeros, ScalarType::Byte, rows, groups));
 }
 
-Tensor run_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales,
-                            const std::optional<Tensor>& zeros, const std::optional<Tensor>& bias, int64_t bits,
-                            const Epilogue* epilogue) {
-    Tensor y = empty_with_width(x, codes.size(0));
+Tensor run_quantized_linear(const Tensor& x, const Quantized& weight, int64_t features,
+                            const std::optional<Tensor>& bias, const Epilogue* epilogue) {
+    Tensor y = empty_with_width(x, features);
     if (y.numel() == 0) return y;
+    const std::optional<Tensor> dense_bias = made_dense(bias);
+    Product p = forward_product(features, x.sizes().back(), x, dense_bias);
+    p.quantized = &weight;
+    if (epilogue) epilogue->add_to(p);
+    run(p, RowsOf(x), y);
+    return y;
+}
+
+Tensor run_with_codes(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
+                      const std::optional<Tensor>& bias, int64_t bits, const Epilogue* epilogue) {
     const Tensor dense_codes = made_contiguous(codes), dense_scales = made_contiguous(scales);
-    const std::optional<Tensor> dense_zeros = made_dense(zeros), dense_bias = made_dense(bias);
-    const Quantized quantized{
+    const std::optional<Tensor> dense_zeros = made_dense(zeros);
+    const Quantized weight{
+        bits == 8 ? Format::bits8 : Format::bits4,
         static_cast<const uint8_t*>(dense_codes.const_data_ptr()),
         static_cast<const float*>(dense_scales.const_data_ptr()),
         dense_zeros ? static_cast<const uint8_t*>(dense_zeros->const_data_ptr()) : nullptr,
         __builtin_ctzll(x.sizes().back() / scales.size(1)),
-        static_cast<int>(bits),
     };
-    Product p = forward_product(codes.size(0), x.sizes().back(), x, dense_bias);
-    p.quantized = &quantized;
-    if (epilogue) epilogue->add_to(p);
-    run(p, RowsOf(x), y);
-    return y;
+    return run_quantized_linear(x, weight, codes.size(0), bias, epilogue);
 }
 
 bool is_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -222,7 +227,7 @@ bool is_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& sca
 Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
                         const std::optional<Tensor>& bias, int64_t bits) {
     require(is_quantized_linear(x, codes, scales, zeros, bias, bits), "quantized_linear");
-    return run_quantized_linear(x, codes, scales, zeros, bias, bits, nullptr);
+    return run_with_codes(x, codes, scales, zeros, bias, bits, nullptr);
 }
 
 std::tuple<Tensor, Tensor> quantized_linear_epilogue(const Tensor& x, const Tensor& codes, const Tensor& scales,
@@ -234,21 +239,65 @@ std::tuple<Tensor, Tensor> quantized_linear_epilogue(const Tensor& x, const Tens
                 is_epilogue_of(residual, activation, x, codes.size(0)),
             "quantized_linear_epilogue");
     const Epilogue epilogue(x, codes.size(0), residual, activation, keep);
-    return {run_quantized_linear(x, codes, scales, zeros, bias, bits, &epilogue), epilogue.before};
+    return {run_with_codes(x, codes, scales, zeros, bias, bits, &epilogue), epilogue.before};
 }
 
-Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight) {
-    require(grad.dim() > 0 && grad.is_cpu() && weight.dim() == 2 && same_kind(weight, grad) &&
-                weight.size(0) == grad.sizes().back(),
-            "linear_input_gradient");
+// One of GGUF's types of blocks.
+struct GgufType {
+    int64_t number;  // in GGUF
+    Format format;
+    int64_t steps, bytes;  // of a block
+};
+constexpr GgufType kGgufTypes[] = {
+    {2, Format::q4_0, 32, 18},    {6, Format::q5_0, 32, 22},    {8, Format::q8_0, 32, 34},
+    {12, Format::q4_k, 256, 144}, {13, Format::q5_k, 256, 176}, {14, Format::q6_k, 256, 210},
+};
+
+// The type of blocks that they are as x's weight, or null.
+const GgufType* gguf_type_of(const Tensor& blocks, int64_t kind, const Tensor& x) {
+    if (x.dim() == 0 || !x.is_cpu() || blocks.dim() != 2) return nullptr;
+    const int64_t width = x.sizes().back();
+    for (const GgufType& type : kGgufTypes) {
+        if (type.number == kind && width > 0 && width % type.steps == 0 &&
+            is_matrix(blocks, torch::headeronly::ScalarType::Byte, blocks.size(0), width / type.steps * type.bytes)) {
+            return &type;
+        }
+    }
+    return nullptr;
+}
+
+std::tuple<Tensor, Tensor> gguf_linear(const Tensor& x, const Tensor& blocks, const std::optional<Tensor>& bias,
+                                       int64_t kind, const std::optional<Tensor>& residual,
+                                       std::optional<int64_t> activation, bool keep) {
+    const GgufType* const type = gguf_type_of(blocks, kind, x);
+    require(type && is_bias_of(bias, x, blocks.size(0)) && is_epilogue_of(residual, activation, x, blocks.size(0)),
+            "gguf_linear");
+    const Tensor dense = made_contiguous(blocks);
+    const Quantized weight{type->format, static_cast<const uint8_t*>(dense.const_data_ptr()), nullptr, nullptr, 0};
+    const Epilogue epilogue(x, blocks.size(0), residual, activation, keep);
+    return {run_quantized_linear(x, weight, blocks.size(0), bias, &epilogue), epilogue.before};
+}
+
+bool is_weight_before(const Tensor& weight, const Tensor& grad) {
+    return grad.dim() > 0 && grad.is_cpu() && weight.dim() == 2 && same_kind(weight, grad) &&
+           weight.size(0) == grad.sizes().back();
+}
+
+Tensor run_input_gradient(const Tensor& grad, const Tensor& weight, const Factors* update) {
     Tensor d_x = empty_with_width(grad, weight.size(1));
     if (d_x.numel() == 0) return d_x;
     Product p{};
     p.rows = rows_of(grad);
     p.columns = weight.size(1);
     p.steps = weight.size(0);
+    p.update = update;
     run(p, RowsOf(grad), RowsOf(weight), d_x);
     return d_x;
+}
+
+Tensor linear_input_gradient(const Tensor& grad, const Tensor& weight) {
+    require(is_weight_before(weight, grad), "linear_input_gradient");
+    return run_input_gradient(grad, weight, nullptr);
 }
 
 bool have_same_rows(const Tensor& a, const Tensor& b) {
@@ -269,6 +318,50 @@ Tensor linear_weight_gradient(const Tensor& grad, const Tensor& x) {
     return d_weight;
 }
 
+Factors factors_of(const RowsOf& left, const RowsOf& right, int64_t steps) {
+    return {left.data(), right.data(), left.rows, right.rows, steps};
+}
+
+// scale x a^T
+Tensor run_scaled(const Tensor& x, const Tensor& a, double scale) {
+    Tensor hidden = empty_with_width(x, a.size(0));
+    if (hidden.numel() == 0) return hidden;
+    Product p = forward_product(a.size(0), a.size(1), x, std::nullopt);
+    p.scale = static_cast<float>(scale);
+    run(p, RowsOf(a), RowsOf(x), hidden);
+    return hidden;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b,
+                                               double scale, const std::optional<Tensor>& bias,
+                                               const std::optional<Tensor>& residual, std::optional<int64_t> activation,
+                                               bool keep) {
+    require(is_linear(x, weight, bias) && is_weight_of(a, x) && b.dim() == 2 && same_kind(b, x) &&
+                b.size(0) == weight.size(0) && b.size(1) == a.size(0) &&
+                is_epilogue_of(residual, activation, x, weight.size(0)),
+            "lora_linear");
+    const Epilogue epilogue(x, weight.size(0), residual, activation, keep);
+    Tensor hidden = run_scaled(x, a, scale), y = empty_with_width(x, weight.size(0));
+    if (y.numel() == 0) return {y, epilogue.before, hidden};
+    const std::optional<Tensor> dense_bias = made_dense(bias);
+    Product p = forward_product(weight.size(0), weight.size(1), x, dense_bias);
+    epilogue.add_to(p);
+    const RowsOf b_rows(b), hidden_rows(hidden);
+    const Factors update = factors_of(b_rows, hidden_rows, a.size(0));
+    p.update = &update;
+    run(p, RowsOf(weight), RowsOf(x), y);
+    return {y, epilogue.before, hidden};
+}
+
+Tensor lora_input_gradient(const Tensor& grad, const Tensor& weight, const Tensor& hidden_grad, const Tensor& a) {
+    require(is_weight_before(weight, grad) && is_weight_before(a, hidden_grad) && same_kind(hidden_grad, grad) &&
+                have_same_rows(hidden_grad, grad) && a.size(1) == weight.size(1),
+            "lora_input_gradient");
+    const RowsOf hidden_rows(hidden_grad), a_rows(a);
+    const Factors update = factors_of(hidden_rows, a_rows, a.size(0));
+    return run_input_gradient(grad, weight, &update);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
@@ -280,6 +373,11 @@ STABLE_TORCH_LIBRARY_IMPL(nearpeak, CPU, library) {
     library.impl("quantized_linear_inference", TORCH_BOX(&quantized_linear));
     library.impl("quantized_linear_epilogue", TORCH_BOX(&quantized_linear_epilogue));
     library.impl("quantized_linear_epilogue_inference", TORCH_BOX(&quantized_linear_epilogue));
+    library.impl("gguf_linear", TORCH_BOX(&gguf_linear));
+    library.impl("gguf_linear_inference", TORCH_BOX(&gguf_linear));
+    library.impl("lora_linear", TORCH_BOX(&lora_linear));
+    library.impl("lora_linear_inference", TORCH_BOX(&lora_linear));
+    library.impl("lora_input_gradient", TORCH_BOX(&lora_input_gradient));
     library.impl("linear_input_gradient", TORCH_BOX(&linear_input_gradient));
     library.impl("linear_weight_gradient", TORCH_BOX(&linear_weight_gradient));
 }

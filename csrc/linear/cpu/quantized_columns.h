@@ -1,7 +1,7 @@
 // y^T = W x^T + b for few rows of x and a quantised W: like few_columns.h, a quarter or an eighth of the bytes.
 //
-// Codes become numbers in registers, and meet the rows of x, which stay in the caches, in float32. Scale and offset are
-// applied once to the sum of a group:
+// Codes become numbers in registers, and meet the rows of x, which stay in the caches, in float32. What makes weights
+// of numbers is applied once to the sum of a block (row_of_numbers.h):
 //
 //     y[m, n] = bias[n] + sum over g of scale[n, g] * (sum over k in g of number[n, k] x[m, k]
 //                                                      - offset[n, g] * sum over k in g of x[m, k])
@@ -30,10 +30,10 @@ constexpr int kQuantizedTogether = 4;
 
 class QuantizedColumns {
   public:
-    // Sums of a group's numbers, up to 2^8 each, must not overflow before scale makes them small; nor may the offset's
+    // Sums of a block's numbers, up to 2^37 each, must not overflow before scale makes them small; nor may the offset's
     // share of an infinity take the whole away. Blocks dequantise first, and serve such x.
     static bool serves(const Product& p) {
-        constexpr float kMost = 0x1p100f;
+        constexpr float kMost = 0x1p80f;
         bool all = true;
         with_type(p.dtype, [&](auto* t) {
             using T = std::remove_pointer_t<decltype(t)>;
@@ -53,7 +53,7 @@ class QuantizedColumns {
         : p(product),
           weight(*product.quantized),
           x(arena.take(p.columns * p.steps)),
-          x_sums(arena.take(p.columns * groups() * kLanes)) {}
+          x_sums(arena.take(p.columns * blocks() * kLanes)) {}
 
     // Rows [begin, end) of y^T.
     void run(int64_t begin, int64_t end) {
@@ -66,26 +66,26 @@ class QuantizedColumns {
   private:
     const Product& p;
     const Quantized& weight;
-    float* const x;       // vectors of neighbouring steps, those of all columns next to each other
-    float* const x_sums;  // of each group, lane by lane, likewise
+    float* const x;       // vectors of steps as numbers have them, those of all columns next to each other
+    float* const x_sums;  // of each block, lane by lane, likewise
 
-    int64_t groups() const { return p.steps >> weight.group_shift; }
-    float* vector_of(int64_t step, int64_t column) const { return x + step * p.columns + column * kLanes; }
-    float* sum_of(int64_t group, int64_t column) const { return x_sums + (group * p.columns + column) * kLanes; }
+    int64_t blocks() const { return p.steps / kCodeBlock; }
+    float* x_of(int64_t block, int j, int64_t column) const {
+        return x + ((block * kBlockVectors + j) * p.columns + column) * kLanes;
+    }
+    float* sum_of(int64_t block, int64_t column) const { return x_sums + (block * p.columns + column) * kLanes; }
 
     template <class T>
     void widen_x() {
         const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
         for (int64_t column = 0; column < p.columns; ++column) {
             const T* at = from.row(column);
-            for (int64_t group = 0, step = 0; group < groups(); ++group) {
-                Float total{};
-                for (const int64_t end = (group + 1) << weight.group_shift; step < end; step += kLanes) {
-                    const Float elements = load(at + step);
-                    store(vector_of(step, column), elements);
-                    total += elements;
-                }
-                store(sum_of(group, column), total);
+            for (int64_t block = 0; block < blocks(); ++block, at += kCodeBlock) {
+                Float steps[kBlockVectors], vectors[kBlockVectors];
+                for (int i = 0; i < kBlockVectors; ++i) steps[i] = load(at + i * kLanes);
+                put_side_by_side(steps, vectors);
+                for (int j = 0; j < kBlockVectors; ++j) store(x_of(block, j, column), vectors[j]);
+                store(sum_of(block, column), add_up(vectors));
             }
         }
     }
@@ -111,16 +111,19 @@ class QuantizedColumns {
         }
     }
 
-    // A few rows of y^T, as sums of short chains of groups, for which see kChain.
+    // A few rows of y^T, as sums of short chains of blocks, for which see kChain.
     template <int kColumns, int kRows, class Row>
-    void add_rows(const Row (&rows)[kRows], int64_t first, Float (*totals)[kLanes], int lane) const {
+    void add_rows(Row (&rows)[kRows], int64_t first, Float (*totals)[kLanes], int lane) const {
         for (int row = 0; row < kRows; ++row) {
             for (int column = 0; column < kColumns; ++column) totals[column][lane + row] = Float{};
         }
-        for (int64_t begin = 0; begin < groups(); begin += kChain) {
+        for (int64_t begin = 0; begin < blocks(); begin += kChain) {
             Float chains[kRows][kColumns] = {};
-            for (int64_t group = begin; group < std::min(begin + kChain, groups()); ++group) {
-                add_group(rows, first, group, chains);
+            for (int64_t block = begin; block < std::min(begin + kChain, blocks()); ++block) {
+                if (block % kEnterEvery == 0) {
+                    for (int row = 0; row < kRows; ++row) rows[row].enter(block);
+                }
+                add_block(rows, first, block, chains);
             }
             for (int row = 0; row < kRows; ++row) {
                 for (int column = 0; column < kColumns; ++column) totals[column][lane + row] += chains[row][column];
@@ -129,49 +132,37 @@ class QuantizedColumns {
     }
 
     template <int kRows, int kColumns, class Row>
-    [[gnu::always_inline]] void add_group(const Row (&rows)[kRows], int64_t first, int64_t group,
+    [[gnu::always_inline]] void add_block(const Row (&rows)[kRows], int64_t first, int64_t block,
                                           Float (&chains)[kRows][kColumns]) const {
         Float sums[kRows][kColumns] = {};
-        for (int64_t step = group << weight.group_shift; step < (group + 1) << weight.group_shift; step += kCodeBlock) {
+        decltype(rows[0].block(0)) blocks_of[kRows];
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) {
             // Rows end before the processor has begun to fetch ahead by itself: the same place of the rows to come. Zen
             // 5, 4096 x 14336, 8 bits, four rows of x: 3.0 ms without it, 2.3 with.
+            rows[row].fetch(block * kCodeBlock + kRows * p.steps);
+            blocks_of[row] = rows[row].block(block * kCodeBlock);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlockVectors; ++j) {
+            Float numbers[kRows];
 #pragma GCC unroll 4
-            for (int row = 0; row < kRows; ++row) rows[row].fetch(step + kRows * p.steps);
-            add_block(rows, first, step, sums);
+            for (int row = 0; row < kRows; ++row) numbers[row] = Row::number(blocks_of[row], j);
+#pragma GCC unroll 4
+            for (int column = 0; column < kColumns; ++column) {
+                Float factor = load(x_of(block, j, first + column));
+                keep_in_register(factor);
+#pragma GCC unroll 4
+                for (int row = 0; row < kRows; ++row) sums[row][column] += numbers[row] * factor;
+            }
         }
 #pragma GCC unroll 4
         for (int row = 0; row < kRows; ++row) {
-            const Float scale = broadcast(rows[row].scales[group]);
+            const auto factors = rows[row].factors(block);
 #pragma GCC unroll 4
             for (int column = 0; column < kColumns; ++column) {
-                Float sum = sums[row][column];
-                if (Row::kHasOffset) sum -= load(sum_of(group, first + column)) * broadcast(rows[row].offset(group));
-                chains[row][column] += scale * sum;
-            }
-        }
-    }
-
-    template <int kRows, int kColumns, class Row>
-    [[gnu::always_inline]] void add_block(const Row (&rows)[kRows], int64_t first, int64_t step,
-                                          Float (&sums)[kRows][kColumns]) const {
-#pragma GCC unroll 4
-        for (int load_number = 0; load_number < Row::kLoads; ++load_number) {
-            Int bytes[kRows];
-#pragma GCC unroll 4
-            for (int row = 0; row < kRows; ++row) bytes[row] = rows[row].bytes(step, load_number);
-#pragma GCC unroll 2
-            for (int half = 0; half < Row::kNumbers; ++half) {
-                const int64_t vector = load_number + half * Row::kLoads;
-                Float numbers[kRows];
-#pragma GCC unroll 4
-                for (int row = 0; row < kRows; ++row) numbers[row] = Row::numbers(bytes[row], half);
-#pragma GCC unroll 4
-                for (int column = 0; column < kColumns; ++column) {
-                    Float factor = load(vector_of(step + vector * kLanes, first + column));
-                    keep_in_register(factor);
-#pragma GCC unroll 4
-                    for (int row = 0; row < kRows; ++row) sums[row][column] += numbers[row] * factor;
-                }
+                const Float x_sum = Row::kNeedsSums ? load(sum_of(block, first + column)) : Float{};
+                factors.add(chains[row][column], sums[row][column], x_sum);
             }
         }
     }

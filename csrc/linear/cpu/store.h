@@ -18,12 +18,12 @@ template <class T>
     if (p.has_epilogue()) {
         // A copy is passed on: totals whose address were would stay in memory while they are summed.
         Vectors values;
-        for (int64_t i = 0; i < columns; ++i) values.of[i] = sum_each(totals[i]) + offset;
+        for (int64_t i = 0; i < columns; ++i) values.of[i] = sum_each(totals[i]) * p.scale + offset;
         return store_with_epilogue<T>(p, values, column, columns, first, count);
     }
     for (int64_t i = 0; i < columns; ++i) {
         T* to = static_cast<T*>(p.out) + p.out_matrix.rows(column + i) + first;
-        store(to, sum_each(totals[i]) + offset, count);
+        store(to, sum_each(totals[i]) * p.scale + offset, count);
     }
 }
 
@@ -42,13 +42,13 @@ void store_panel_transposed(const Product& p, const float* sums, Range rows, Ran
             const Float offset = bias ? load(bias + rows.begin + row, lanes) : Float{};
             if (p.has_epilogue()) {
                 Vectors sums_and_bias;
-                for (int64_t lane = 0; lane < kLanes; ++lane) sums_and_bias.of[lane] = values[lane] + offset;
+                for (int64_t lane = 0; lane < kLanes; ++lane) sums_and_bias.of[lane] = values[lane] * p.scale + offset;
                 return store_with_epilogue<T>(p, sums_and_bias, columns.begin + column, count, rows.begin + row,
                                               count_of(lanes));
             }
             for (int64_t lane = 0; lane < count; ++lane) {
                 T* to = static_cast<T*>(p.out) + p.out_matrix.rows(columns.begin + column + lane) + rows.begin;
-                store(to + row, values[lane] + offset, lanes);
+                store(to + row, values[lane] * p.scale + offset, lanes);
             }
         });
     }

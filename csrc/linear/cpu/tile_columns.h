@@ -21,22 +21,26 @@ class TileColumns {
   public:
     TileColumns(const Product& product, Arena& arena)
         : p(product),
-          whole(p.steps / kTileDepth * kTileDepth),
-          width(round_up(p.steps, kTileDepth)),
-          x(arena.take(panels() * width / 2 * kPanel)),
-          last_rows(arena.take<bfloat16>(kRows * (width + kTileDepth))),
-          last_steps(arena.take<bfloat16>(kRows * kTileDepth)),
+          main(p.factors(), p.columns, arena),
+          update(p.update ? *p.update : Factors{}, p.columns, arena),
           sums(arena.take(kRows * kPanel)) {}
 
     // Rows [begin, end) of y^T.
     void run(int64_t begin, int64_t end) {
         [[maybe_unused]] const TileUnit unit;
-        pack_x();
+        main.pack_x(p.columns);
+        if (p.update) update.pack_x(p.columns);
         for (int64_t row = begin; row < end; row += kRows) {
             const int64_t count = std::min(kRows, end - row);
-            const Left left = left_of(row, count);
-            for (int64_t panel = 0; panel < panels(); ++panel) {
-                multiply(left, panel);
+            const Left left = main.left_of(row, count);
+            const Left update_left = p.update ? update.left_of(row, count) : Left{};
+            for (int64_t panel = 0; panel < panels_of(p.columns); ++panel) {
+                if (p.columns - panel * kPanel > kLanes) {
+                    multiply<kPanelVectors>(left, update_left, panel);
+                } else {
+                    multiply<1>(left, update_left, panel);
+                }
+                store_all_sums(sums, kPanel);
                 const Range columns{panel * kPanel, std::min((panel + 1) * kPanel, p.columns)};
                 store_panel_transposed<bfloat16>(p, sums, {row, row + count}, columns);
             }
@@ -46,64 +50,75 @@ class TileColumns {
   private:
     static constexpr int64_t kRows = 2 * kTileRows;
 
+    static int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
     // 32 rows of the weight; where they are not all there, a copy.
     struct Left {
         const bfloat16* rows;
         int64_t stride;
     };
 
+    struct Pair {
+        Stored<bfloat16> weight, given_x;
+        int64_t steps, whole, width;  // whole steps of a tile: rounded down, and up
+        float* x;                     // panels of kPanel rows of x, in pairs across them
+        bfloat16 *last_rows, *last_steps;
+
+        Pair(const Factors& factors, int64_t columns, Arena& arena)
+            : weight{static_cast<const bfloat16*>(factors.left), factors.left_rows},
+              given_x{static_cast<const bfloat16*>(factors.right), factors.right_rows},
+              steps(factors.steps),
+              whole(steps / kTileDepth * kTileDepth),
+              width(round_up(steps, kTileDepth)),
+              x(arena.take(panels_of(columns) * width / 2 * kPanel)),
+              last_rows(arena.take<bfloat16>(kRows * (width + kTileDepth))),
+              last_steps(arena.take<bfloat16>(kRows * kTileDepth)) {}
+
+        float* panel_of(int64_t panel) const { return x + panel * (width / 2 * kPanel); }
+
+        void pack_x(int64_t all) const {
+            for (int64_t panel = 0; panel < panels_of(all); ++panel) {
+                const Range columns{panel * kPanel, std::min((panel + 1) * kPanel, all)};
+                transpose_panel<Pairs>(given_x, columns, {0, steps}, panel_of(panel));
+                std::fill(panel_of(panel) + in_steps<Pairs>(steps) * kPanel, panel_of(panel + 1), 0.0f);
+            }
+        }
+
+        Left left_of(int64_t row, int64_t count) const {
+            Left left{weight.row(row), count > 1 ? weight.row(row + 1) - weight.row(row) : 0};
+            if (count < kRows) {
+                left = {last_rows, width + kTileDepth};
+                std::fill_n(last_rows, kRows * left.stride, bfloat16{});
+                for (int64_t i = 0; i < count; ++i)
+                    std::copy_n(weight.row(row + i), steps, last_rows + i * left.stride);
+            }
+            for (int64_t i = 0; whole < steps && i < kRows; ++i) {
+                std::fill_n(last_steps + i * kTileDepth, kTileDepth, bfloat16{});
+                std::copy_n(left.rows + i * left.stride + whole, steps - whole, last_steps + i * kTileDepth);
+            }
+            finish_stores();
+            return left;
+        }
+
+        template <int kVectors>
+        void multiply(const Left& left, int64_t panel) const {
+            const float* const right = panel_of(panel);
+            for (int64_t step = 0; step < whole; step += kTileDepth) {
+                multiply_step<kVectors>(left.rows + step, left.stride, right + step / 2 * kPanel);
+            }
+            if (whole < steps) multiply_step<kVectors>(last_steps, kTileDepth, right + whole / 2 * kPanel);
+        }
+    };
+
     const Product& p;
-    const int64_t whole, width;  // in_features in whole steps of a tile: rounded down, and up
-    float* const x;              // panels of kPanel rows of x, in pairs across them
-    bfloat16 *const last_rows, *const last_steps;
+    const Pair main, update;
     float* const sums;
 
-    int64_t panels() const { return (p.columns + kPanel - 1) / kPanel; }
-    float* panel_of(int64_t panel) const { return x + panel * (width / 2 * kPanel); }
-
-    void pack_x() {
-        const Stored<bfloat16> from{static_cast<const bfloat16*>(p.right), p.right_matrix.rows};
-        for (int64_t panel = 0; panel < panels(); ++panel) {
-            const Range columns{panel * kPanel, std::min((panel + 1) * kPanel, p.columns)};
-            const int64_t steps = in_steps<Pairs>(p.steps);
-            transpose_panel<Pairs>(from, columns, {0, p.steps}, panel_of(panel));
-            std::fill(panel_of(panel) + steps * kPanel, panel_of(panel + 1), 0.0f);
-        }
-    }
-
-    Left left_of(int64_t row, int64_t count) {
-        const Stored<bfloat16> weight{static_cast<const bfloat16*>(p.left), p.left_matrix.rows};
-        Left left{weight.row(row), count > 1 ? weight.row(row + 1) - weight.row(row) : 0};
-        if (count < kRows) {
-            left = {last_rows, width + kTileDepth};
-            std::fill_n(last_rows, kRows * left.stride, bfloat16{});
-            for (int64_t i = 0; i < count; ++i) std::copy_n(weight.row(row + i), p.steps, last_rows + i * left.stride);
-        }
-        for (int64_t i = 0; whole < p.steps && i < kRows; ++i) {
-            std::fill_n(last_steps + i * kTileDepth, kTileDepth, bfloat16{});
-            std::copy_n(left.rows + i * left.stride + whole, p.steps - whole, last_steps + i * kTileDepth);
-        }
-        finish_stores();
-        return left;
-    }
-
-    void multiply(const Left& left, int64_t panel) {
-        const bool two_vectors = p.columns - panel * kPanel > kLanes;
-        if (two_vectors) {
-            multiply<kPanelVectors>(left, panel_of(panel));
-        } else {
-            multiply<1>(left, panel_of(panel));
-        }
-        store_all_sums(sums, kPanel);
-    }
-
     template <int kVectors>
-    void multiply(const Left& left, const float* panel) const {
+    void multiply(const Left& left, const Left& update_left, int64_t panel) const {
         zero_all_sums();
-        for (int64_t step = 0; step < whole; step += kTileDepth) {
-            multiply_step<kVectors>(left.rows + step, left.stride, panel + step / 2 * kPanel);
-        }
-        if (whole < p.steps) multiply_step<kVectors>(last_steps, kTileDepth, panel + whole / 2 * kPanel);
+        main.multiply<kVectors>(left, panel);
+        if (p.update) update.multiply<kVectors>(update_left, panel);
     }
 };
 

@@ -190,18 +190,6 @@ void backward_rows(const Backward& p, int64_t begin, int64_t end, ColumnSums sum
     }
 }
 
-// The weight and the bias are of the input's type, or float32.
-template <class Call, class Function>
-void with_types(const Call& p, Function function) {
-    with_type(p.dtype, [&](auto* t) {
-        if (p.weight_dtype == p.dtype) {
-            function(t, t);
-        } else {
-            function(t, static_cast<float*>(nullptr));
-        }
-    });
-}
-
 template <class T, class W, bool kCentred>
 void forward_with(const Forward& p, int64_t begin, int64_t end, void* scratch) {
     const auto run =
@@ -212,7 +200,7 @@ void forward_with(const Forward& p, int64_t begin, int64_t end, void* scratch) {
 }
 
 void forward(const Forward& p, int64_t begin, int64_t end, void* scratch) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
         using T = std::remove_pointer_t<decltype(t)>;
         using W = std::remove_pointer_t<decltype(w)>;
         (p.centred ? forward_with<T, W, true> : forward_with<T, W, false>)(p, begin, end, scratch);
@@ -220,7 +208,7 @@ void forward(const Forward& p, int64_t begin, int64_t end, void* scratch) {
 }
 
 void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
         using T = std::remove_pointer_t<decltype(t)>;
         using W = std::remove_pointer_t<decltype(w)>;
         (p.centred ? backward_rows<T, W, true> : backward_rows<T, W, false>)(p, begin, end, sums);
@@ -228,7 +216,7 @@ void backward(const Backward& p, int64_t begin, int64_t end, ColumnSums sums) {
 }
 
 void sum_parts(const Backward& p, Parts parts, void* total, int64_t begin, int64_t end) {
-    with_types(p, [&](auto* t, auto* w) {
+    with_types(p.dtype, p.weight_dtype, [&](auto* t, auto* w) {
         add_up_parts<std::remove_pointer_t<decltype(t)>>(parts, static_cast<decltype(w)>(total), begin, end);
     });
 }

@@ -18,11 +18,6 @@ bool aligned(const void* pointer, int64_t row_bytes) {
     return reinterpret_cast<std::uintptr_t>(pointer) % 64 == 0 && row_bytes % 64 == 0;
 }
 
-bool is_parameter_of(const Optional& parameter, const Tensor& x) {
-    return !parameter ||
-           (parameter->dim() == 1 && parameter->size(0) == x.sizes().back() && same_kind(*parameter, x, true));
-}
-
 bool are_parameters_of(const Optional& weight, const Optional& bias, const Tensor& x) {
     return is_parameter_of(weight, x) && is_parameter_of(bias, x) &&
            (!weight || !bias || weight->scalar_type() == bias->scalar_type());
@@ -104,10 +99,6 @@ void layer_norm_out(const Tensor& x, const Optional& weight, const Optional& bia
     run_forward(x, residual, weight, bias, layer_norm_formula(eps), out, residual_out ? &*residual_out : nullptr, true);
 }
 
-Tensor gradient_of(const Optional& parameter, const Tensor& hidden) {
-    return parameter ? empty_laid_out_like(*parameter) : empty_like_dtype(hidden, {0});
-}
-
 void run_backward(const Backward& p, const Tensor* d_weight, const Tensor* d_bias) {
     const Kernels* kernels = kKernels[selected_isa()];
     run_in_parts(
@@ -121,7 +112,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& h
     require(
         has_width(hidden) && is_like(grad, hidden) && is_parameter_of(weight, hidden) && is_like(grad_hidden, hidden),
         "rms_norm_backward");
-    Tensor d_hidden = empty_laid_out_like(hidden), d_weight = gradient_of(weight, hidden);
+    Tensor d_hidden = empty_laid_out_like(hidden), d_weight = empty_gradient_of(weight, hidden);
     const DescribedBackward described(grad, hidden, weight, std::nullopt, grad_hidden,
                                       rms_norm_formula(eps, offset, false), d_hidden);
     run_backward(described.call, weight ? &d_weight : nullptr, nullptr);
@@ -155,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
                 is_like(grad_hidden, hidden),
             "layer_norm_backward");
     Tensor d_hidden = empty_laid_out_like(hidden);
-    Tensor d_weight = gradient_of(weight, hidden), d_bias = gradient_of(bias, hidden);
+    Tensor d_weight = empty_gradient_of(weight, hidden), d_bias = empty_gradient_of(bias, hidden);
     const DescribedBackward described(grad, hidden, weight, bias, grad_hidden, layer_norm_formula(eps), d_hidden);
     run_backward(described.call, weight ? &d_weight : nullptr, bias ? &d_bias : nullptr);
     return {d_hidden, d_weight, d_bias};

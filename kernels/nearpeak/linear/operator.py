@@ -49,7 +49,7 @@ def _fast_in_torch():
 FAST_IN_TORCH = _fast_in_torch()
 
 
-def _why_torch_serves(x, weight, recorded):
+def why_torch_serves(x, weight, recorded):
     """Why a call goes to torch's own function, or None if the kernels serve it."""
     if backends.forced("cpu"):
         return None
@@ -65,7 +65,7 @@ def _why_torch_serves(x, weight, recorded):
     return None
 
 
-def _check(x, weight, bias):
+def check_linear(x, weight, bias):
     check_floating("x", x)
     if not x.dim():
         raise ValueError("x must have at least one dimension")
@@ -82,7 +82,7 @@ def _check(x, weight, bias):
 
 
 def _check_epilogue(x, weight, bias, residual, activation, keep):
-    _check(x, weight, bias)
+    check_linear(x, weight, bias)
     epilogue.check(x, weight.shape[0], residual, activation)
 
 
@@ -142,7 +142,7 @@ def _epilogue_gradient(ctx, grad, _):
 
 operators.define(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    check=_check,
+    check=check_linear,
     reference=reference.linear,
     shapes=lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     backward=_gradient,
@@ -220,18 +220,18 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
         if x.is_cpu and torch.is_autocast_enabled("cpu"):
             x, weight, bias = operators.autocast(x), operators.autocast(weight), operators.autocast(bias)
         if backends.reference_serves(x, kernels=KERNELS):
-            _check(x, weight, bias)
+            check_linear(x, weight, bias)
             return reference.linear(x, weight, bias)
         recorded = operators.wants_gradient(x, weight, bias)
-        if (why := _why_torch_serves(x, weight, recorded)) is not None:
+        if (why := why_torch_serves(x, weight, recorded)) is not None:
             # What torch would take beyond this: else the same call would fail with fewer rows.
             if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-                _check(x, weight, bias)
+                check_linear(x, weight, bias)
             backends.because(why)
             return torch.nn.functional.linear(x, weight, bias)
         return (_linear if recorded else _linear_inference)(x, weight, bias)
     except (AttributeError, IndexError, RuntimeError, TypeError):
-        _check(x, weight, bias)
+        check_linear(x, weight, bias)
         raise
 
 
@@ -248,7 +248,7 @@ def _with_epilogue(x, weight, bias, activation, residual):
             _check_epilogue(*arguments)
             return reference.linear_epilogue(*arguments)[0]
         recorded = operators.wants_gradient(x, weight, bias) or operators.wants_gradient(residual)
-        if (why := _why_torch_serves(x, weight, recorded)) is not None:
+        if (why := why_torch_serves(x, weight, recorded)) is not None:
             _check_epilogue(*arguments)
             backends.because(f"{why}, and what follows it after that")
             return epilogue.follow(torch.nn.functional.linear(x, weight, bias), kind, residual)

@@ -8,6 +8,8 @@ import torch
 from .. import backends, operators
 from ..checks import check_floating, check_same, check_same_kind
 from . import epilogue, reference
+from .gguf_blocks import GgufWeight
+from .gguf_operator import gguf_linear
 from .weights import BITS, GROUP_SIZES, QuantizedWeight, dequantized
 
 if backends.missing("triton") is None:
@@ -122,7 +124,8 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
     Args:
         x: (..., in_features), float32, bfloat16, float16 or float64; any strides (a dense last dimension is read
             without a copy).
-        weight: QuantizedWeight, from `nearpeak.quantize_weight` or `nearpeak.read_gguf`, on x's device.
+        weight: QuantizedWeight, from `nearpeak.quantize_weight`, or GgufWeight, from `nearpeak.read_gguf`; on x's
+            device. There are kernels for GgufWeight on the CPU alone; elsewhere it is dequantised first.
         bias: (out_features,), x's dtype; None for none.
         activation, residual: as `nearpeak.linear` takes them.
 
@@ -131,24 +134,32 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
         Gradients reach x, bias and residual.
 
     Raises:
-        TypeError: a dtype that is not served, or a weight that is not a QuantizedWeight. ValueError: a shape, device
-        or activation that does not fit.
+        TypeError: a dtype that is not served, or a weight of another type. ValueError: a shape, device or activation
+        that does not fit.
 
     Source: weights in groups, products in floating point, as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323.
 
     >>> weight = nearpeak.quantize_weight(torch.randn(2048, 640), bits=8)
     >>> y = nearpeak.quantized_linear(torch.randn(4, 640, dtype=torch.bfloat16), weight)
     """
-    if not isinstance(weight, QuantizedWeight):
-        raise TypeError(f"weight must be a nearpeak.QuantizedWeight, not {type(weight).__name__}")
+    if not isinstance(weight, QuantizedWeight | GgufWeight):
+        raise TypeError(
+            f"weight must be a nearpeak.QuantizedWeight or nearpeak.GgufWeight, not {type(weight).__name__}"
+        )
     kind = epilogue.kind_of(activation)
-    arguments = x, *weight[:3], bias, weight.bits
+    check_floating("x", x)
+    if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        x, bias = operators.autocast(x), operators.autocast(bias)
+        if residual is not None and residual.dtype is not x.dtype:
+            return quantized_linear(x, weight, bias, activation=activation) + residual
+    if isinstance(weight, GgufWeight):
+        return gguf_linear(x, weight, bias, residual, kind)
+    return _with_codes((x, *weight[:3], bias, weight.bits), residual, kind)
+
+
+def _with_codes(arguments, residual, kind):
+    x, bias = arguments[0], arguments[4]
     try:
-        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-            x, bias = operators.autocast(x), operators.autocast(bias)
-            if residual is not None and residual.dtype is not x.dtype:
-                return quantized_linear(x, weight, bias, activation=activation) + residual
-            arguments = x, *weight[:3], bias, weight.bits
         if kind is not None or residual is not None:
             return _with_epilogue(arguments, residual, kind)
         if backends.reference_serves(x, kernels=KERNELS):

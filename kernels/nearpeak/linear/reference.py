@@ -8,6 +8,7 @@ In float32 (float64 for float64), rounded once at the end.
 
 from ..activations import NAMES, value
 from ..operators import accumulation_dtype, widened, without_autocast
+from . import gguf_blocks
 from .weights import dequantized
 
 
@@ -26,9 +27,11 @@ def linear_epilogue(x, weight, bias, residual, activation, keep):
 
     activation: the number of f in activations.py; None: f(x) = x
     """
-    before = y = _wide_linear(x, weight, bias)
-    if activation is not None:
-        y = value(y, NAMES[activation])
+    return _followed(x, _wide_linear(x, weight, bias), residual, activation, keep)
+
+
+def _followed(x, before, residual, activation, keep):
+    y = before if activation is None else value(before, NAMES[activation])
     if residual is not None:
         y = y + widened(residual)
     return y.to(x.dtype), before.to(x.dtype, copy=True) if keep else x.new_empty(0)
@@ -42,6 +45,25 @@ def quantized_linear(x, codes, scales, zeros, bias, bits):
 def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
     weight = dequantized(codes, scales, zeros, bits, accumulation_dtype(x.dtype))
     return linear_epilogue(x, weight, bias, residual, activation, keep)
+
+
+def gguf_linear(x, blocks, bias, kind, residual, activation, keep):
+    """linear_epilogue with the weight of GGUF's blocks; see gguf_blocks.py."""
+    weight = gguf_blocks.dequantized(blocks, kind, accumulation_dtype(x.dtype))
+    return linear_epilogue(x, weight, bias, residual, activation, keep)
+
+
+def lora_linear(x, weight, lora_a, lora_b, scale, bias, residual, activation, keep):
+    """y = f(x W^T + b + h B^T) + residual and what linear_epilogue gives beside it; and h = scale x A^T."""
+    with without_autocast(x.device):
+        hidden = widened(x) @ widened(lora_a).mT * scale
+        before = _wide_linear(x, weight, bias) + hidden @ widened(lora_b).mT
+    return *_followed(x, before, residual, activation, keep), hidden.to(x.dtype)
+
+
+def lora_input_gradient(grad, weight, hidden_grad, lora_a):
+    with without_autocast(grad.device):
+        return (widened(grad) @ widened(weight) + widened(hidden_grad) @ widened(lora_a)).to(grad.dtype)
 
 
 def linear_input_gradient(grad, weight):

@@ -4,6 +4,7 @@
     nearpeak.unpatch(model)             the model is exactly what it was
     with nearpeak.patched(model): ...   both, around a block
     report = nearpeak.quantize(model)   linear layers get weights of 8 or 4 bits, for good (quantization.py)
+    nearpeak.load_gguf(model, path)     a GGUF file's weights, in the file's own format (gguf.py)
 
 Patching shares weights, never copies them, and no other model in the process changes. Each kind of layer has its file:
 
@@ -16,14 +17,17 @@ Patching shares weights, never copies them, and no other model in the process ch
     classes.py    how one module gets another `forward`;  configs.py: how one model gets another configuration
 """
 
+from .gguf import GgufReport, load_gguf
 from .model import patch, patched, register, unpatch
 from .quantization import QuantizationReport, QuantizedLayer, quantize
 from .report import PatchReport
 
 __all__ = [
+    "GgufReport",
     "PatchReport",
     "QuantizationReport",
     "QuantizedLayer",
+    "load_gguf",
     "patch",
     "patched",
     "quantize",

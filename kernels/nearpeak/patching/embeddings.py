@@ -80,13 +80,22 @@ def served(module: torch.nn.Module) -> tuple[type | None, str] | None:
     return None
 
 
+def scale_of(module: torch.nn.Module) -> float | None:
+    """The factor by which an embedding multiplies its rows; None of any other module."""
+    if not isinstance(module, torch.nn.Embedding) or layers.is_torchs_own(module):
+        return None
+    if _copies_rows(module):
+        return 1.0
+    return None if module.weight.device.type == "meta" else _found_scale(module)
+
+
 def _served_table(module: torch.nn.Embedding) -> tuple[type | None, str]:
     kind, weight = type(module), module.weight
     if layers.is_torchs_own(module):
         return None, "max_norm and scale_grad_by_freq are torch's own"
     if _copies_rows(module):
         return serving_plain(kind), PLAIN_DETAIL
-    scale = None if weight.device.type == "meta" else _scale_of(module)
+    scale = scale_of(module)
     if scale is None:
         return None, "computes something else than a row, or a scaled one"
     return serving_scaled(kind, scale, weight.dtype), f"nearpeak.embedding, scale {scale:g}"
@@ -104,7 +113,7 @@ def _with_rows(module: torch.nn.Embedding, rows: torch.Tensor) -> torch.nn.Embed
     return stand_in
 
 
-def _scale_of(module: torch.nn.Embedding) -> float | None:
+def _found_scale(module: torch.nn.Embedding) -> float | None:
     """The scale of which the module's result is scale * rows, rounded once; None if there is none."""
     dtype, width = module.weight.dtype, module.embedding_dim
 

@@ -91,7 +91,7 @@ def quantize(
         layer = QuantizedLinear.from_linear(module, bits, group_size, symmetric).train(module.training)
         layers[module] = layer
         replaced.append(QuantizedLayer(name, _error(module, layer), module.weight.nbytes, layer.weight.nbytes))
-    _put(model, layers)
+    put(model, layers)
     return QuantizationReport(tuple(replaced), tuple(left_alone))
 
 
@@ -116,7 +116,7 @@ def _error(module, layer):
     return float((layer.weight.dequantize(torch.float64) - weight).norm() / norm) if norm else 0.0
 
 
-def _put(model, layers):
+def put(model: torch.nn.Module, layers: dict[torch.nn.Module, torch.nn.Module]) -> None:
     """Every place that holds a key of `layers` gets its value, once all are made: an error leaves the model whole."""
     for parent in model.modules():
         for name, child in parent._modules.items():

@@ -1,13 +1,12 @@
-"""Reads quantised matrices of GGUF files (llama.cpp's) as they are: no weight is rounded again.
+"""Reads GGUF files (llama.cpp's): quantised matrices stay in the file's own blocks, mapped into memory, not copied.
 
     file    header, metadata, a description of every tensor, padding, the tensors' bytes
-    Q8_0    blocks of 32: scale float16, 32 codes int8;                             weight = scale code
-    Q4_0    blocks of 32: scale float16, 16 bytes with code i and i + 16 in each;   weight = scale (code - 8)
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Whatever a file says is held against its size before
 it is believed.
 """
 
+import math
 import os
 import struct
 from collections.abc import Collection
@@ -15,13 +14,14 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from .weights import CODE_BLOCK, QuantizedWeight
+from .gguf_blocks import NAMES, TYPES, GgufWeight, are_finite
 
 VERSIONS = (2, 3)
 # The types of metadata values: bytes of each number, and what has a length of its own.
 NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 UINT32, STRING, ARRAY = 4, 8, 9
-BITS = {2: 4, 8: 8}  # of the types of tensors that are read: Q4_0, Q8_0
+# Types of tensors that are stored as torch stores them.
+FLOATS = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 MOST_DIMENSIONS, MOST_NESTED = 4, 8
 
 
@@ -33,11 +33,15 @@ class _Description(NamedTuple):
     kind: int
     offset: int
 
-    def block_bytes(self) -> int:
-        return 2 + CODE_BLOCK * BITS[self.kind] // 8
+    def is_readable(self) -> bool:
+        return self.kind in FLOATS or (self.kind in NAMES and len(self.shape) == 2)
 
     def bytes(self) -> int:
-        return self.shape[0] * self.shape[1] // CODE_BLOCK * self.block_bytes()
+        count = math.prod(self.shape)
+        if self.kind in FLOATS:
+            return count * FLOATS[self.kind].itemsize
+        block = TYPES[NAMES[self.kind]]
+        return count // block.weights * block.bytes
 
 
 class _Reader:
@@ -92,71 +96,101 @@ class _Reader:
         return _Description(name, shape, self.number(), self.number("Q"))
 
 
-def _descriptions(reader: _Reader) -> tuple[list[_Description], int]:
-    """What the file says of its tensors, and where their bytes begin."""
+class GgufHeader(NamedTuple):
+    """What a file says before its tensors' bytes: the model's architecture, its tensors, and where the bytes begin."""
+
+    architecture: str
+    descriptions: tuple[_Description, ...]
+    begin: int
+
+
+def _header(reader: _Reader) -> GgufHeader:
     if reader.bytes(4) != b"GGUF":
         raise reader.wrong("it does not begin with GGUF")
     version = reader.number()
     if version not in VERSIONS:
         raise reader.wrong(f"version {version}, where 2 and 3 are known")
-    tensors, values, alignment = reader.number("Q"), reader.number("Q"), 32
+    tensors, values = reader.number("Q"), reader.number("Q")
+    architecture, alignment = "", 32
     for _ in range(values):
         key, kind = reader.string(), reader.number()
         if key == "general.alignment" and kind == UINT32:
             alignment = reader.number()
+        elif key == "general.architecture" and kind == STRING:
+            architecture = reader.string()
         else:
             reader.skip_value(kind)
-    descriptions = [reader.description() for _ in range(tensors)]
+    descriptions = tuple(reader.description() for _ in range(tensors))
     if alignment < 1 or alignment & (alignment - 1):
         raise reader.wrong(f"alignment {alignment} is not a power of two")
-    return descriptions, (reader.file.tell() + alignment - 1) // alignment * alignment
+    begin = (reader.file.tell() + alignment - 1) // alignment * alignment
+    return GgufHeader(architecture, descriptions, begin)
 
 
-def _weight(reader: _Reader, found: _Description, begin: int) -> QuantizedWeight:
-    rows, width = found.shape
-    if rows == 0 or width == 0 or width % CODE_BLOCK:
-        raise reader.wrong(f"tensor {found.name!r} of shape {found.shape} has rows of no whole blocks of {CODE_BLOCK}")
+def read_header(path: str | os.PathLike) -> GgufHeader:
+    with open(path, "rb") as file:
+        return _header(_Reader(file, os.fspath(path)))
+
+
+def _check_fits(reader: _Reader, found: _Description, begin: int) -> None:
+    if found.kind in NAMES:
+        block = TYPES[NAMES[found.kind]]
+        if 0 in found.shape or found.shape[-1] % block.weights:
+            raise reader.wrong(
+                f"tensor {found.name!r} of shape {found.shape} has rows of no whole blocks of {block.weights}"
+            )
     end = begin + found.offset + found.bytes()
     if end > os.fstat(reader.file.fileno()).st_size:
         raise reader.wrong(f"it ends before tensor {found.name!r} does, at byte {end}")
-    stored = bytearray(found.bytes())
-    reader.file.seek(begin + found.offset)
-    reader.file.readinto(stored)
-    blocks = torch.frombuffer(stored, dtype=torch.uint8).view(rows, width // CODE_BLOCK, found.block_bytes())
-    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
-    if not scales.isfinite().all():
+
+
+def _tensor(reader: _Reader, mapped: torch.Tensor, found: _Description, begin: int) -> GgufWeight | torch.Tensor:
+    """The tensor's bytes, as a view of the mapped file where torch can view them."""
+    stored = mapped[begin + found.offset :][: found.bytes()]
+    if found.kind in FLOATS:
+        dtype = FLOATS[found.kind]
+        stored = stored if stored.storage_offset() % dtype.itemsize == 0 else stored.clone()
+        return stored.view(dtype).view(found.shape)
+    blocks = stored.view(found.shape[0], -1)
+    if not are_finite(blocks, found.kind):
         raise reader.wrong(f"tensor {found.name!r} has scales that are not finite")
-    codes, bits = blocks[..., 2:].flatten(1), BITS[found.kind]
-    # Signed codes begin at -128, ours at 0.
-    return QuantizedWeight(codes ^ 128 if bits == 8 else codes.contiguous(), scales, None, bits)
+    return GgufWeight(blocks, NAMES[found.kind])
 
 
-def read_gguf(path: str | os.PathLike, names: Collection[str] | None = None) -> dict[str, QuantizedWeight]:
-    """The matrices of a GGUF file that are stored as Q8_0 or Q4_0, as weights for `nearpeak.quantized_linear`.
+def read_gguf(path: str | os.PathLike, names: Collection[str] | None = None) -> dict[str, GgufWeight | torch.Tensor]:
+    """The tensors of a GGUF file: quantised matrices as weights for `nearpeak.quantized_linear`, others as tensors.
+
+    Both are views of the file, which is mapped into memory: what is read of it is shared by all processes that read it,
+    and opening it takes no time. It must not change while they are in use; writing to them does not change it.
 
     Args:
         path: the file, of version 2 or 3 (little-endian).
-        names: of the tensors that are wanted; None for every matrix of these two types.
+        names: of the tensors that are wanted; None for every tensor of float32, float16 or bfloat16 and every matrix
+            of Q4_0, Q5_0, Q8_0, Q4_K, Q5_K or Q6_K.
 
     Returns:
-        the weights by name, (out_features, in_features), with a scale per 32 input features. Their numbers are the
-        file's to the bit. (Layouts are the file's too: llama.cpp reorders the rows of some architectures' queries and
-        keys.)
+        the tensors by name, shaped as in PyTorch: (out_features, in_features). Their numbers are the file's to the
+        bit. (Layouts are the file's too: llama.cpp reorders the rows of some architectures' queries and keys, and
+        stores 1 + weight for Gemma's norms; `nearpeak.load_gguf` undoes both.)
 
     Raises:
         ValueError: no such file format, a file that is cut off or contradicts itself, or a name that it does not hold
-        as a matrix of Q8_0 or Q4_0. OSError: the file cannot be opened.
+        in one of these types. OSError: the file cannot be opened.
 
     >>> weights = nearpeak.read_gguf("model.gguf")
-    >>> layers = {name: nearpeak.nn.QuantizedLinear.from_weight(weight) for name, weight in weights.items()}
+    >>> layer = nearpeak.nn.GgufLinear(weights["blk.0.ffn_up.weight"])
     """
     with open(path, "rb") as file:
         reader = _Reader(file, os.fspath(path))
-        descriptions, begin = _descriptions(reader)
-        readable = {each.name: each for each in descriptions if each.kind in BITS and len(each.shape) == 2}
+        size = reader.left
+        header = _header(reader)
+        readable = {each.name: each for each in header.descriptions if each.is_readable()}
         if names is not None:
             for name in names:
                 if name not in readable:
-                    raise ValueError(f"names: {reader.path} holds no matrix {name!r} of type Q8_0 or Q4_0")
+                    raise ValueError(f"names: {reader.path} holds no tensor {name!r} of a type that is read")
             readable = {name: readable[name] for name in names}
-        return {name: _weight(reader, each, begin) for name, each in readable.items()}
+        for each in readable.values():
+            _check_fits(reader, each, header.begin)
+        mapped = torch.from_file(reader.path, shared=False, size=size, dtype=torch.uint8) if size else None
+        return {name: _tensor(reader, mapped, each, header.begin) for name, each in readable.items()}
