@@ -153,3 +153,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     )
     (tmp_path / "none.gguf").write_bytes(b"GGML")
     refused("is no GGUF file that can be read", tmp_path / "none.gguf")
+
+
+def test_the_real_gemma_file_is_read_as_the_gguf_package_reads_it():
+    models = pytest.importorskip("nearpeak_bench.models")
+    try:
+        models.require()
+    except models.Missing as missing:
+        pytest.skip(str(missing))
+    first = {}
+    for weight in nearpeak.read_gguf(models.gemma_gguf()).values():
+        if isinstance(weight, nearpeak.GgufWeight):
+            first.setdefault(weight.kind, weight._replace(blocks=weight.blocks[:64]))
+    assert set(first) == {"Q8_0", "Q5_0", "Q4_K", "Q6_K"}
+    for kind, weight in first.items():
+        theirs = torch.from_numpy(gguf.dequantize(weight.blocks.numpy(), gguf.GGMLQuantizationType[kind]))
+        assert torch.equal(weight.dequantize(), theirs)
+        x = randn(3, weight.in_features)
+        torch.testing.assert_close(nearpeak.quantized_linear(x, weight), x @ theirs.mT, rtol=1e-4, atol=1e-5)

@@ -48,6 +48,21 @@ def test_the_report_counts_what_was_replaced(name):
     assert report.__rich__().row_count == len(report.replaced) + len(report.left_alone)
 
 
+def test_our_own_modules_are_left_as_they_are():
+    layers = [nearpeak.nn.Linear(64, 64), nearpeak.nn.RMSNorm(64), nearpeak.nn.QuantizedLinear(64, 64)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 64))
+    report = nearpeak.patch(model)
+    assert [type(layer) for layer in model[:3]] == [
+        nearpeak.nn.Linear,
+        nearpeak.nn.RMSNorm,
+        nearpeak.nn.QuantizedLinear,
+    ]
+    assert {entry.layer: entry.detail for entry in report.left_alone} == dict.fromkeys(
+        ("Linear", "RMSNorm", "QuantizedLinear"), "served by nearpeak already"
+    )
+    assert report.count("linear") == 1
+
+
 def test_berts_layer_norms_are_served_and_share_their_parameters():
     model = make("bert")
     norm = model.bert.encoder.layer[0].output.LayerNorm

@@ -135,6 +135,39 @@ def test_a_model_is_quantised_in_place(bits):
     assert (found - expected).norm() < 2 * largest * expected.norm()
 
 
+def test_samples_make_results_err_less():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 64), torch.nn.Linear(64, 96))
+    # As in language models, some features are much larger than others.
+    model[0].weight.data.mul_(torch.where(torch.arange(64) % 8 == 0, 10.0, 1.0))
+    plain, informed = copy.deepcopy(model), copy.deepcopy(model)
+    nearpeak.quantize(plain, bits=4, group_size=32)
+    with torch.no_grad():
+        report = nearpeak.quantize(informed, bits=4, group_size=32, samples=[IDS, (IDS,), {"input": IDS[:1]}])
+        expected = model(IDS)
+        errors = [(each(IDS) - expected).norm() for each in (plain, informed)]
+    assert errors[1] < 0.9 * errors[0]
+    assert all(0 < layer.error < 0.12 for layer in report.replaced)
+    assert not any(module._forward_pre_hooks for module in informed.modules())
+
+
+def test_a_layer_that_no_sample_reaches_is_rounded_as_without():
+    model = torch.nn.ModuleDict({"used": linear(), "unused": linear()})
+    model.forward = lambda x: model["used"](input=x)
+    expected = nearpeak.quantize_weight(model["unused"].weight, 4, 32)
+    nearpeak.quantize(model, bits=4, group_size=32, samples=[randn(3, 64), randn(0, 64)])
+    assert torch.equal(model["unused"].codes, expected.codes)
+    assert not torch.equal(model["used"].codes, expected.codes)
+
+
+def test_a_sample_that_the_model_refuses_changes_nothing():
+    model = Model()
+    with pytest.raises(TypeError):
+        nearpeak.quantize(model, samples=[{"other": IDS}])
+    assert type(model.head) is torch.nn.Linear
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_what_is_left_alone_is_said():
     model = Model()
     with torch.device("meta"):

@@ -218,6 +218,28 @@ def test_what_codes_stand_for_is_kept(bits, symmetric):
     assert torch.equal(nearpeak.quantize_weight(floats, bits, 32, symmetric).dequantize(), floats)
 
 
+def _weighted_error(weight, floats, importance):
+    return float((importance.double() * (dequantized(*weight, torch.float64) - floats.double()).square()).sum())
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_importance_makes_the_weighted_error_smaller(kind, bits, symmetric):
+    floats = WEIGHTS[kind]()
+    few = torch.zeros(384).index_fill_(0, torch.arange(0, 384, 7), 1.0)
+    for importance in (torch.ones(384), randn(384).square(), few, torch.zeros(384)):
+        plain = nearpeak.quantize_weight(floats, bits, 64, symmetric)
+        searched = nearpeak.quantize_weight(floats, bits, 64, symmetric, importance)
+        error, most = (_weighted_error(weight, floats, importance) for weight in (searched, plain))
+        rounding = 1e-13 * float((importance.double() * floats.double().square()).sum())
+        assert error <= most * (1 + 1e-5) + rounding, "the plain scale is among those that are tried"
+        if kind == "normal" and bits == 4 and importance.any():
+            assert error < 0.95 * most
+        assert searched.scales.isfinite().all()
+        assert (searched.scales >= 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_weights_of_any_dtype(dtype):
     floats = randn(5, 64, dtype=dtype)
@@ -288,6 +310,14 @@ BAD_WEIGHTS = {
     "nan": (ValueError, "weight must", lambda: nearpeak.quantize_weight(FLOATS * math.nan)),
     "bits": (ValueError, "bits must", lambda: nearpeak.quantize_weight(FLOATS, bits=2)),
     "group_size": (ValueError, "group_size must", lambda: nearpeak.quantize_weight(FLOATS, group_size=16)),
+    "importance_list": (TypeError, "importance must", lambda: nearpeak.quantize_weight(FLOATS, importance=[1.0])),
+    "importance_shape": (ValueError, "importance must", lambda: nearpeak.quantize_weight(FLOATS, importance=FLOATS)),
+    "importance_sign": (ValueError, "importance must", lambda: nearpeak.quantize_weight(FLOATS, importance=-FLOATS[0])),
+    "importance_nan": (
+        ValueError,
+        "importance must",
+        lambda: nearpeak.quantize_weight(FLOATS, importance=FLOATS[0] * math.nan),
+    ),
 }
 
 

@@ -160,7 +160,7 @@ def _(x, residual, weight, bias):
 def _cases():
     for operator in (layer_norm, layer_norm_out, add_layer_norm, post_layer_norm):
         for dtype, (rows, width) in itertools.product(DTYPES, SHAPES):
-            quick = is_quick("forward", dtype, (rows, width))
+            quick = is_quick("forward", dtype, (rows, width)) and not (operator is layer_norm_out and rows == 16)
             yield Case(operator, {"rows": rows, "width": width}, dtype, quick=quick)
     for operator in (layer_norm, add_layer_norm):
         for dtype, (rows, width) in itertools.product(DTYPES, BACKWARD_SHAPES):

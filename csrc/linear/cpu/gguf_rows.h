@@ -1,12 +1,11 @@
 // Rows of GGUF's quantised matrices (llama.cpp's), as they lie in the file: blocks with scales of their own.
 //
-//             steps  bytes
-//     q4_0       32     18   scale;  4 bits of codes, two a byte                          weight = scale (code - 8)
-//     q5_0       32     22   scale;  32 fifth bits;  4 bits of codes                      weight = scale (code - 16)
-//     q8_0       32     34   scale;  codes with a sign                                    weight = scale code
-//     q4_k      256    144   scale, minimum;  8 x 6 bits of each;  4 bits of codes        weight = scale s code -
-//     minimum m q5_k      256    176   the same, with fifth bits before the codes q6_k      256    210   4 bits of
-//     codes;  2 bits of codes;  16 x 8 bits s;  scale    weight = scale s (code - 32)
+//     q4_0   32 steps,  18 bytes    scale; 4 bits of codes, two a byte                    scale (code - 8)
+//     q5_0   32 steps,  22 bytes    scale; 32 fifth bits; 4 bits of codes                 scale (code - 16)
+//     q8_0   32 steps,  34 bytes    scale; codes with a sign                              scale code
+//     q4_k  256 steps, 144 bytes    scale, minimum; 8 x 6 bits of s and m; 4 bits         scale s code - minimum m
+//     q5_k  256 steps, 176 bytes    the same, with fifth bits before the other four       scale s code - minimum m
+//     q6_k  256 steps, 210 bytes    4 bits of codes; 2 bits; 16 x 8 bits of s; scale      scale s (code - 32)
 //
 // Source: the formats' definition, https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 #pragma once
@@ -54,7 +53,7 @@ struct Q4_0Row : GgufRow<32, 18, 128> {
     Scaled factors(int64_t block) const { return {broadcast(half_at(blocks + block * kBytes) * kUnit)}; }
 };
 
-// A byte of `bits` eight times, and then the next: of lanes whose bytes all of `bits` are in.
+// A byte of `bits` eight times, and then the next.
 template <std::size_t... place>
 inline UnsignedBytes eight_times(uint32_t bits, std::index_sequence<place...>) {
     using Wide = uint32_t __attribute__((vector_size(kCodeBlock)));
@@ -93,7 +92,8 @@ struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144, kFifthBits ? 64 : 128> {
         const int number = static_cast<int>(step / kCodeBlock) % kBlocks;
         const UnsignedBytes low = shifted(load_block(from + kCodes + number / 2 * 32), number % 2 * 4) & 15;
         if constexpr (kFifthBits) {
-            const UnsignedBytes fifth = load_block(from + kFifth) & static_cast<uint8_t>(1 << number);
+            const auto bit = static_cast<uint8_t>(1 << number);
+            const UnsignedBytes fifth = load_block(from + kFifth) & bit;
             return with_fifth_bits(low, bitcast<SignedBytes>(fifth == 0));
         }
         return bitcast<SignedBytes>(low) - int8_t{kMiddle};

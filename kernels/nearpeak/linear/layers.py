@@ -79,14 +79,20 @@ class QuantizedLinear(torch.nn.Module):
 
     @classmethod
     def from_linear(
-        cls, module: torch.nn.Linear, bits: int = 8, group_size: int = 64, symmetric: bool = True
+        cls,
+        module: torch.nn.Linear,
+        bits: int = 8,
+        group_size: int = 64,
+        symmetric: bool = True,
+        importance: torch.Tensor | None = None,
     ) -> "QuantizedLinear":
         """The layer with module's weight quantised, its own bias, and its activation if it is a nearpeak.nn.Linear.
 
         Raises what `nearpeak.quantize_weight` raises.
         """
         activation = module.activation if isinstance(module, Linear) else None
-        return cls.from_weight(quantize_weight(module.weight, bits, group_size, symmetric), module.bias, activation)
+        weight = quantize_weight(module.weight, bits, group_size, symmetric, importance)
+        return cls.from_weight(weight, module.bias, activation)
 
     @classmethod
     def from_weight(

@@ -17,6 +17,7 @@ from .report import Entry, PatchReport
 RECORD = "_nearpeak_patch"
 
 SERVED = "served by nearpeak already"
+PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass
@@ -134,7 +135,8 @@ def _undo(model, record) -> None:
 
 def _serve_module(module, record, findings) -> None:
     layer = type(module).__name__
-    if original_class(module) is not None:  # a part of this model was patched before
+    # A part of this model was patched before, or is a module of ours.
+    if original_class(module) is not None or type(module).__module__.startswith(f"{PACKAGE}."):
         findings.left_alone["other", layer, SERVED] += 1
         return
     if rotary.calls_rotary(module):

@@ -1,6 +1,7 @@
 """`quantize`: gives the linear layers of a whole model weights of 8 or 4 bits."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,7 +19,7 @@ class QuantizedLayer:
     """A layer that was replaced."""
 
     name: str
-    error: float  # of the weight, relative: ||dequantised - weight|| / ||weight||
+    error: float  # relative: ||dequantised - weight|| / ||weight||; with samples, norms of what x makes of both
     bytes_before: int
     bytes_after: int
 
@@ -27,7 +28,8 @@ class QuantizedLayer:
 class QuantizationReport:
     """What `quantize` did to a model; prints as a table.
 
-    A layer's error is that of its weight. Inputs that do not depend on one another make y's relative error the same.
+    A layer's error is that of its weight, or where samples were given that of its result, each as if the features of
+    its input did not depend on one another.
 
     >>> report = nearpeak.quantize(model, group_size=32)
     >>> print(report)
@@ -50,7 +52,12 @@ class QuantizationReport:
 
 
 def quantize(
-    model: torch.nn.Module, bits: int = 8, group_size: int = 64, symmetric: bool = True, skip: Iterable[str] = ()
+    model: torch.nn.Module,
+    bits: int = 8,
+    group_size: int = 64,
+    symmetric: bool = True,
+    skip: Iterable[str] = (),
+    samples: Iterable = (),
 ) -> QuantizationReport:
     """Replace the torch.nn.Linear modules of a model by `nearpeak.nn.QuantizedLinear`, in place.
 
@@ -63,15 +70,18 @@ def quantize(
         bits, group_size, symmetric: as `nearpeak.quantize_weight` takes them.
         skip: names of modules, as `model.named_modules()` gives them, to leave alone; with wildcards as in
             ("lm_head", "*.down_proj").
+        samples: inputs that the model is called with, each a tensor, a tuple of arguments or a mapping of named ones.
+            Each layer's scales are then chosen for what they show its input to be (`quantize_weight`'s importance); a
+            layer that no sample reaches is rounded as without.
 
     Returns:
         the replaced layers with their errors, and those left alone and why; print it.
 
     Raises:
         TypeError: model or skip of another type. ValueError: an option that is not served, a name in skip that no
-        linear layer has, or a weight with infinities or NaN.
+        linear layer has, or a weight with infinities or NaN. What the model raises for a sample.
 
-    >>> print(nearpeak.quantize(model, bits=4, group_size=32, skip=["lm_head"]))
+    >>> print(nearpeak.quantize(model, bits=4, group_size=32, skip=["lm_head"], samples=[torch.tensor([[2, 17, 42]])]))
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -84,13 +94,16 @@ def quantize(
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(f"skip names no linear layer of this model: {pattern!r}")
     replaced, left_alone, layers = [], [], {}
+    importances = _importances(model, linears.values(), samples)
     for name, module in linears.items():
         if (reason := _why_not(name, module, group_size, skip)) is not None:
             left_alone.append((name, reason))
             continue
-        layer = QuantizedLinear.from_linear(module, bits, group_size, symmetric).train(module.training)
+        importance = importances.get(module)
+        layer = QuantizedLinear.from_linear(module, bits, group_size, symmetric, importance).train(module.training)
         layers[module] = layer
-        replaced.append(QuantizedLayer(name, _error(module, layer), module.weight.nbytes, layer.weight.nbytes))
+        error = _error(module, layer, importance)
+        replaced.append(QuantizedLayer(name, error, module.weight.nbytes, layer.weight.nbytes))
     put(model, layers)
     return QuantizationReport(tuple(replaced), tuple(left_alone))
 
@@ -110,10 +123,35 @@ def _why_not(name, module, group_size, skip):
 
 
 @torch.no_grad()
-def _error(module, layer):
+def _importances(model, modules, samples):
+    """The mean square of each input feature over all samples, of the modules that they reach."""
+    squares, counts, handles = {}, Counter(), []
+
+    def note(module, arguments, named):
+        x = arguments[0] if arguments else named["input"]
+        x = x.detach().reshape(-1, x.shape[-1]).double()
+        squares[module] = squares.get(module, 0.0) + x.square().sum(0)
+        counts[module] += len(x)
+
+    try:
+        handles += [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+        for sample in samples:
+            if isinstance(sample, Mapping):
+                model(**sample)
+            else:
+                model(*sample) if isinstance(sample, tuple) else model(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {module: total / counts[module] for module, total in squares.items() if counts[module]}
+
+
+@torch.no_grad()
+def _error(module, layer, importance):
     weight = module.weight.double()
-    norm = weight.norm()
-    return float((layer.weight.dequantize(torch.float64) - weight).norm() / norm) if norm else 0.0
+    each = 1.0 if importance is None else importance.sqrt()
+    norm = (weight * each).norm()
+    return float(((layer.weight.dequantize(torch.float64) - weight) * each).norm() / norm) if norm else 0.0
 
 
 def put(model: torch.nn.Module, layers: dict[torch.nn.Module, torch.nn.Module]) -> None:
