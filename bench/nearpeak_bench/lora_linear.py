@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank update of rank 16 (LoRA), against separate calls, and against no update at all."""
+"""Linear layers with a low-rank update of rank 16 (LoRA), against the separate calls."""
 
 import math
 
@@ -68,11 +68,6 @@ def _(**inputs):
 def _(**inputs):
     function = compiled(_separately)
     return lambda: function(**inputs)
-
-
-@OPERATOR.implementation("without update", baseline=True, same_result=False)
-def _(x, weight, lora_a, lora_b):
-    return lambda: nearpeak.linear(x, weight)
 
 
 def _cases():

@@ -16,7 +16,7 @@ from .results import Results
 from .table import SHORT_DTYPES, slowest_ratio
 
 ROW_INCHES = 0.27
-LABEL_INCHES = 2.1
+LABEL_INCHES = 2.4
 PANEL_INCHES = 3.1
 HEAD_INCHES, FOOT_INCHES = 0.65, 0.4
 MOST_TICKS = 8

@@ -20,7 +20,8 @@ inline float half_at(const uint8_t* at) {
     return to_float(half);
 }
 
-// What the formats share. kLine: steps, in blocks of kBytes bytes, that about fill a line of the cache.
+// What the formats share. kLine: steps, a power of two, that fill no more than a line of the cache, so that none is
+// left out where they are fetched.
 template <int64_t kItsSteps, int64_t kItsBytes, int64_t kLine>
 struct GgufRow {
     static constexpr int64_t kSteps = kItsSteps, kBytes = kItsBytes;
@@ -37,7 +38,7 @@ struct GgufRow {
     }
 };
 
-struct Q8_0Row : GgufRow<32, 34, 64> {
+struct Q8_0Row : GgufRow<32, 34, 32> {
     static constexpr bool kNeedsSums = false;
 
     SignedBytes block(int64_t step) const { return bitcast<SignedBytes>(load_block(at(step) + 2)); }
@@ -45,7 +46,7 @@ struct Q8_0Row : GgufRow<32, 34, 64> {
     Scaled factors(int64_t block) const { return {broadcast(half_at(blocks + block * kBytes) * kUnit)}; }
 };
 
-struct Q4_0Row : GgufRow<32, 18, 128> {
+struct Q4_0Row : GgufRow<32, 18, 64> {
     static constexpr bool kNeedsSums = false;
 
     auto block(int64_t step) const { return HalvesOfBytes::block(at(step) + 2); }
@@ -81,8 +82,8 @@ struct Q5_0Row : GgufRow<32, 22, 64> {
 
 // q4_k and q5_k. 32 bytes hold two blocks' codes.
 template <bool kFifthBits>
-struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144, kFifthBits ? 64 : 128> {
-    using GgufRow<256, kFifthBits ? 176 : 144, kFifthBits ? 64 : 128>::at;
+struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144, 64> {
+    using GgufRow<256, kFifthBits ? 176 : 144, 64>::at;
     static constexpr bool kNeedsSums = true;
     static constexpr int kBlocks = 8, kScales = 4, kFifth = 16, kCodes = kFifthBits ? 48 : 16;  // where they begin
     static constexpr int kMiddle = kFifthBits ? 16 : 8;
