@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from draws import DRAWS, assert_as_exact, standards
 from gguf_blocks import K_TYPES, one_by_one, random_blocks
 from inputs import DTYPES, EXAMPLES, every_second, for_all, misaligned, padded, randn
-from nearpeak.linear.gguf_blocks import TYPES
+from nearpeak.linear.gguf_blocks import TYPES, dequantized
 
 
 class Case(NamedTuple):
@@ -73,8 +73,7 @@ def dequantized_first(x, weight, bias, residual, activation):
 
 def exact(x, weight, bias, residual, activation):
     x, bias, residual = (None if t is None else t.double() for t in (x, bias, residual))
-    wide = weight.blocks.unflatten(-1, (-1, TYPES[weight.kind].bytes))
-    wide = TYPES[weight.kind].dequantized(wide, torch.float64).flatten(-2)
+    wide = dequantized(weight.blocks, TYPES[weight.kind].number, torch.float64)
     return _followed(F.linear(x, wide, bias), residual, activation)
 
 
@@ -97,8 +96,7 @@ def test_blocks_stand_for_what_the_format_defines(kind):
     weight = nearpeak.GgufWeight(blocks, kind)
     expected = one_by_one(kind, blocks)
     assert (weight.out_features, weight.in_features, weight.nbytes) == (3, 512, blocks.numel())
-    each = blocks.unflatten(-1, (-1, TYPES[kind].bytes))
-    assert torch.equal(TYPES[kind].dequantized(each, torch.float64).flatten(-2), expected)
+    assert torch.equal(dequantized(blocks, TYPES[kind].number, torch.float64), expected)
     # With a minimum the difference of two products is rounded, else nothing is.
     torch.testing.assert_close(weight.dequantize().double(), expected, rtol=2**-22, atol=2**-22)
 

@@ -127,11 +127,6 @@ def _header(reader: _Reader) -> GgufHeader:
     return GgufHeader(architecture, descriptions, begin)
 
 
-def read_header(path: str | os.PathLike) -> GgufHeader:
-    with open(path, "rb") as file:
-        return _header(_Reader(file, os.fspath(path)))
-
-
 def _check_fits(reader: _Reader, found: _Description, begin: int) -> None:
     if found.kind in NAMES:
         block = TYPES[NAMES[found.kind]]
@@ -157,6 +152,26 @@ def _tensor(reader: _Reader, mapped: torch.Tensor, found: _Description, begin: i
     return GgufWeight(blocks, NAMES[found.kind])
 
 
+def open_gguf(
+    path: str | os.PathLike, names: Collection[str] | None = None
+) -> tuple[GgufHeader, dict[str, GgufWeight | torch.Tensor]]:
+    """What the file says of itself, and what read_gguf gives."""
+    with open(path, "rb") as file:
+        reader = _Reader(file, os.fspath(path))
+        size = reader.left
+        header = _header(reader)
+        readable = {each.name: each for each in header.descriptions if each.is_readable()}
+        if names is not None:
+            for name in names:
+                if name not in readable:
+                    raise ValueError(f"names: {reader.path} holds no tensor {name!r} of a type that is read")
+            readable = {name: readable[name] for name in names}
+        for each in readable.values():
+            _check_fits(reader, each, header.begin)
+        mapped = torch.from_file(reader.path, shared=False, size=size, dtype=torch.uint8) if size else None
+        return header, {name: _tensor(reader, mapped, each, header.begin) for name, each in readable.items()}
+
+
 def read_gguf(path: str | os.PathLike, names: Collection[str] | None = None) -> dict[str, GgufWeight | torch.Tensor]:
     """The tensors of a GGUF file: quantised matrices as weights for `nearpeak.quantized_linear`, others as tensors.
 
@@ -180,17 +195,4 @@ def read_gguf(path: str | os.PathLike, names: Collection[str] | None = None) -> 
     >>> weights = nearpeak.read_gguf("model.gguf")
     >>> layer = nearpeak.nn.GgufLinear(weights["blk.0.ffn_up.weight"])
     """
-    with open(path, "rb") as file:
-        reader = _Reader(file, os.fspath(path))
-        size = reader.left
-        header = _header(reader)
-        readable = {each.name: each for each in header.descriptions if each.is_readable()}
-        if names is not None:
-            for name in names:
-                if name not in readable:
-                    raise ValueError(f"names: {reader.path} holds no tensor {name!r} of a type that is read")
-            readable = {name: readable[name] for name in names}
-        for each in readable.values():
-            _check_fits(reader, each, header.begin)
-        mapped = torch.from_file(reader.path, shared=False, size=size, dtype=torch.uint8) if size else None
-        return {name: _tensor(reader, mapped, each, header.begin) for name, each in readable.items()}
+    return open_gguf(path, names)[1]

@@ -5,6 +5,7 @@ import torch
 from ..operators import accumulation_dtype
 from .epilogue import kind_of
 from .gguf_blocks import TYPES, GgufWeight, dequantized
+from .layers import activation_repr
 from .quantized import quantized_linear
 
 
@@ -61,7 +62,7 @@ class GgufLinear(_OnBlocks):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"kind={self.kind!r}" + ("" if self.activation is None else f", activation={self.activation!r}")
+            f"kind={self.kind!r}" + activation_repr(self.activation)
         )
 
 

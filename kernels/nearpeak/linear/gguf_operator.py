@@ -6,9 +6,10 @@ The weight is a constant, as in quantized.py. The kernels are the CPU's: elsewhe
 import torch
 
 from .. import backends, operators
-from ..checks import check_floating, check_same, check_same_kind
+from ..checks import check_floating, check_same
 from . import epilogue, reference
 from .gguf_blocks import NAMES, TYPES, GgufWeight, dequantized
+from .operator import check_bias
 
 KERNELS = ("cpu",)
 
@@ -31,10 +32,7 @@ def _check(x, blocks, bias, kind, residual, activation, keep):
             f"blocks must have shape (out_features, {width // block.weights * block.bytes}) for x's {width} features "
             f"in {name}, not {tuple(blocks.shape)}"
         )
-    if bias is not None:
-        check_same_kind("bias", bias, "x", x)
-        if bias.shape != blocks.shape[:1]:
-            raise ValueError(f"bias must have shape {tuple(blocks.shape[:1])}, not {tuple(bias.shape)}")
+    check_bias(bias, x, blocks.shape[0])
     epilogue.check(x, blocks.shape[0], residual, activation)
 
 

@@ -8,7 +8,7 @@ from .quantized import quantized_linear
 from .weights import QuantizedWeight, check_options, quantize_weight
 
 
-def _activation_repr(activation):
+def activation_repr(activation):
     return "" if activation is None else f", activation={activation!r}"
 
 
@@ -35,7 +35,7 @@ class Linear(torch.nn.Linear):
         return linear(x, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _activation_repr(self.activation)
+        return super().extra_repr() + activation_repr(self.activation)
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -131,5 +131,5 @@ class QuantizedLinear(torch.nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.zeros is None}"
-            + _activation_repr(self.activation)
+            + activation_repr(self.activation)
         )

@@ -65,6 +65,13 @@ def why_torch_serves(x, weight, recorded):
     return None
 
 
+def check_bias(bias, x, out_features):
+    if bias is not None:
+        check_same_kind("bias", bias, "x", x)
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias must have shape {(out_features,)}, not {tuple(bias.shape)}")
+
+
 def check_linear(x, weight, bias):
     check_floating("x", x)
     if not x.dim():
@@ -75,10 +82,7 @@ def check_linear(x, weight, bias):
             f"weight must be (out_features, in_features) with in_features {x.shape[-1]}, x's last dimension, "
             f"not of shape {tuple(weight.shape)}"
         )
-    if bias is not None:
-        check_same_kind("bias", bias, "x", x)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, not {tuple(bias.shape)}")
+    check_bias(bias, x, weight.shape[0])
 
 
 def _check_epilogue(x, weight, bias, residual, activation, keep):

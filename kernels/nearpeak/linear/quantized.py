@@ -6,10 +6,11 @@ The weight is a constant: gradients reach x and bias, through the dequantised we
 import torch
 
 from .. import backends, operators
-from ..checks import check_floating, check_same, check_same_kind
+from ..checks import check_floating, check_same
 from . import epilogue, reference
 from .gguf_blocks import GgufWeight
 from .gguf_operator import gguf_linear
+from .operator import check_bias
 from .weights import BITS, GROUP_SIZES, QuantizedWeight, dequantized
 
 if backends.missing("triton") is None:
@@ -46,10 +47,7 @@ def _check(x, codes, scales, zeros, bias, bits):
         raise ValueError(f"scales must have a column per 32, 64 or 128 of x's {width} features, not {groups} columns")
     if zeros is not None:
         _check_part("zeros", zeros, torch.uint8, scales.shape, x)
-    if bias is not None:
-        check_same_kind("bias", bias, "x", x)
-        if bias.shape != codes.shape[:1]:
-            raise ValueError(f"bias must have shape {tuple(codes.shape[:1])}, not {tuple(bias.shape)}")
+    check_bias(bias, x, codes.shape[0])
 
 
 def _check_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):

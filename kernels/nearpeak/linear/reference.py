@@ -55,9 +55,8 @@ def gguf_linear(x, blocks, bias, kind, residual, activation, keep):
 
 def lora_linear(x, weight, lora_a, lora_b, scale, bias, residual, activation, keep):
     """y = f(x W^T + b + h B^T) + residual and what linear_epilogue gives beside it; and h = scale x A^T."""
-    with without_autocast(x.device):
-        hidden = widened(x) @ widened(lora_a).mT * scale
-        before = _wide_linear(x, weight, bias) + hidden @ widened(lora_b).mT
+    hidden = _wide_linear(x, lora_a, None) * scale
+    before = _wide_linear(x, weight, bias) + _wide_linear(hidden, lora_b, None)
     return *_followed(x, before, residual, activation, keep), hidden.to(x.dtype)
 
 

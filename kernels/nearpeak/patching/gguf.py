@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear import GgufEmbedding, GgufLinear, GgufWeight, read_gguf
-from ..linear.gguf_file import read_header
+from ..linear import GgufEmbedding, GgufLinear, GgufWeight
+from ..linear.gguf_file import open_gguf
 from . import embeddings, linears
 from .quantization import put
 
@@ -91,7 +91,7 @@ def load_gguf(model: torch.nn.Module, path: str | os.PathLike) -> GgufReport:
             f"model must be a transformers model, not {type(model).__name__}: for others there are nearpeak.read_gguf "
             "and nearpeak.nn.GgufLinear"
         )
-    header, tensors = read_header(path), read_gguf(path)
+    header, tensors = open_gguf(path)
     processor, names = _knowledge_of(model, header.architecture)
     layers, values, in_blocks, as_floats, used = {}, {}, [], [], set()
     for name, places in _places(model).items():
