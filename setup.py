@@ -25,7 +25,8 @@ FAMILIES = ("attention", "embedding", "feedforward", "linear", "norm", "peaks", 
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+# Every processor with AVX512_BF16 multiplies bytes too (VNNI).
+AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # Simplest first: the last one that the processor can run is chosen. Emulated ones are never the last. The order is that
 # of linking, too: of an inline function outside of the sets' namespaces the linker keeps the first set's code, which
@@ -130,7 +131,9 @@ def extension_and_builder():
     isas = instruction_sets()
     targets = cuda_targets()
     flags = [*OPTIMISATION, *WARNINGS, "-std=c++17", "-fvisibility=hidden", TORCH_TARGET, *sanitizer_flags()]
-    kernels = [str(ROOT / "csrc" / family / "cpu" / "kernels.cpp") for family in FAMILIES]
+    kernels = [
+        str(path) for family in FAMILIES for path in sorted((ROOT / "csrc" / family / "cpu").glob("*kernels.cpp"))
+    ]
 
     class Builder(BuildExtension):
         """Compiles the kernels once per instruction set before the rest, each set into a folder of its own.

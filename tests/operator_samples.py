@@ -188,15 +188,21 @@ SAMPLES = {
     "quantized_linear_epilogue": [
         (*_quantized(leaves), *leaves(epilogue_operands()[3]), 1, True),
         (*_quantized(leaves, bits=4, symmetric=False), None, 0, True),
+        (*_quantized(leaves), None, 0, True, 8),
     ],
     "quantized_linear_epilogue_inference": [
         (*_quantized(lambda x, bias: (x.bfloat16(), None)), epilogue_operands()[3].bfloat16(), None, False)
     ],
-    "quantized_linear": [_quantized(leaves), _quantized(lambda x, bias: (*leaves(x), None), bits=4, symmetric=False)],
+    "quantized_linear": [
+        _quantized(leaves),
+        _quantized(lambda x, bias: (*leaves(x), None), bits=4, symmetric=False),
+        (*_quantized(leaves), 8),
+    ],
     "quantized_linear_inference": [_quantized(lambda x, bias: (x.bfloat16().transpose(0, 1), None), bits=4)],
     "gguf_linear": [
         (*leaves(randn(2, 64)), BLOCKS, *leaves(randn(3)), GGUF_Q8_0, *leaves(randn(2, 3, seed=1)), 3, True),
         (*leaves(randn(2, 64)), BLOCKS, None, GGUF_Q8_0, None, None, False),
+        (*leaves(randn(2, 64)), BLOCKS, None, GGUF_Q8_0, None, None, False, 8),
     ],
     "gguf_linear_inference": [(randn(2, 64).bfloat16(), BLOCKS, None, GGUF_Q8_0, None, 1, False)],
     "lora_linear": [

@@ -29,6 +29,7 @@ echo "== running the kernels' tests"
 PYTHONPATH=$SITE "$PYTHON" -m pytest -p no:cacheprovider -n 2 --capture=sys -k "not reference" \
     tests/test_norm.py tests/test_layer_norm.py tests/test_qk_norm.py tests/test_rotary.py tests/test_feedforward.py \
     tests/test_embedding.py tests/test_linear.py tests/test_linear_epilogue.py tests/test_quantized_linear.py \
+    tests/test_quantized_input.py tests/test_gguf_linear.py tests/test_lora.py \
     tests/test_attention.py tests/test_attention_backward.py tests/test_attention_terms.py \
     tests/test_attention_sequences.py tests/test_attention_blocks.py tests/test_attention_score_mod.py \
     tests/test_attention_dropout.py tests/test_merge_attention.py

@@ -1,7 +1,7 @@
 """Linear layers over the blocks of GGUF files, in the shapes and types of Gemma 3 270M's and Llama 3 8B's Q4_K_M files.
 
-Baselines are what users have today in PyTorch: the weight dequantised when the file is loaded, which takes two to eight
-times the memory, or dequantised at each call.
+Once with x as it is, and once with x rounded to 8 bits. Baselines are what users have today in PyTorch: the weight
+dequantised when the file is loaded, which takes two to eight times the memory, or dequantised at each call.
 """
 
 import nearpeak
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from nearpeak.linear import reference
 from nearpeak.linear.gguf_blocks import TYPES
+from nearpeak.linear.input_rounding import GROUP_OF_BLOCKS, rounded
 
 from .cases import Case, Operator, Work
 from .quantized_linear import MOST_NAIVE
@@ -40,21 +41,25 @@ def _dequantized(x, blocks, kind):
     return nearpeak.GgufWeight(blocks, kind).dequantize(x.dtype)
 
 
-def _operator(itemsize):
+def _operator(itemsize, input_bits):
     """itemsize: of x, in whose elements the weight's bytes are counted."""
 
     def work(rows, inputs, outputs, kind):
         weight = outputs * inputs * TYPES[kind].bytes / TYPES[kind].weights
         return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs)
 
+    def exact(x, blocks, kind):
+        return reference.gguf_linear(x, blocks, None, TYPES[kind].number, None, None, False, input_bits)[0]
+
+    def plain(x, blocks, kind):
+        return F.linear(rounded(x, input_bits, GROUP_OF_BLOCKS).to(x.dtype), _dequantized(x, blocks, kind))
+
     operator = Operator(
         name="gguf_linear",
-        shape="{rows}x{inputs}x{outputs} {kind}",
+        shape="{rows}x{inputs}x{outputs} {kind}" + (", x in 8 bits" if input_bits else ""),
         inputs=_inputs,
-        reference=lambda x, blocks, kind: reference.gguf_linear(x, blocks, None, TYPES[kind].number, None, None, False)[
-            0
-        ],
-        plain=lambda x, blocks, kind: F.linear(x, _dequantized(x, blocks, kind)),
+        reference=exact,
+        plain=plain,
         work={"forward": work},
         kernels={"forward": "gguf_linear_inference", "training": "gguf_linear"},
         differentiable=("x",),
@@ -63,9 +68,16 @@ def _operator(itemsize):
     @operator.implementation("nearpeak")
     def _(x, blocks, kind):
         weight = nearpeak.GgufWeight(blocks, kind)
-        return lambda: nearpeak.quantized_linear(x, weight)
+        return lambda: nearpeak.quantized_linear(x, weight, input_bits=input_bits)
 
-    @operator.implementation("dequantise, F.linear", baseline=True)
+    if input_bits:
+
+        @operator.implementation("x as it is", baseline=True, same_result=False)
+        def _(x, blocks, kind):
+            weight = nearpeak.GgufWeight(blocks, kind)
+            return lambda: nearpeak.quantized_linear(x, weight)
+
+    @operator.implementation("dequantise, F.linear", baseline=True, same_result=not input_bits)
     def _(x, blocks, kind):
         return lambda: F.linear(x, _dequantized(x, blocks, kind))
 
@@ -77,16 +89,18 @@ def _operator(itemsize):
     return operator
 
 
-OPERATORS = {itemsize: _operator(itemsize) for itemsize in (4, 2)}
+OPERATORS = {(itemsize, input_bits): _operator(itemsize, input_bits) for itemsize in (4, 2) for input_bits in (None, 8)}
 
 
 def _cases():
     for dtype in (torch.float32, torch.bfloat16):
-        for kind, inputs, outputs in (*GEMMA, *LLAMA):
-            for rows in ROWS:
-                if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
-                    parameters = {"rows": rows, "inputs": inputs, "outputs": outputs, "kind": kind}
-                    yield Case(OPERATORS[dtype.itemsize], parameters, dtype, quick=(rows, kind, inputs) in QUICK[dtype])
+        for input_bits in (None, 8):
+            for kind, inputs, outputs in (*GEMMA, *LLAMA):
+                for rows in ROWS:
+                    if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
+                        parameters = {"rows": rows, "inputs": inputs, "outputs": outputs, "kind": kind}
+                        operator = OPERATORS[dtype.itemsize, input_bits]
+                        yield Case(operator, parameters, dtype, quick=(rows, kind, inputs) in QUICK[dtype])
 
 
 CASES = list(_cases())

@@ -225,18 +225,21 @@ def _gemma(bench: Bench, dtypes: list[torch.dtype]) -> Iterator[Measurement]:
 
 
 def _gemma_gguf(bench: Bench) -> Iterator[Measurement]:
-    """The file's own blocks, against what transformers makes of them: the same numbers as floats."""
+    """The file's own blocks, against what transformers makes of them: the same numbers as floats. Once with inputs as
+    they are, and once with those of linear layers in 8 bits."""
     name = "Gemma 3 270M, GGUF"
     bench.say(f"{name}: loading")
     plain, tokenizer = models.gemma(torch.float32, bench.say)
-    served = copy.deepcopy(plain)
+    served, rounding = copy.deepcopy(plain), copy.deepcopy(plain)
     nearpeak.load_gguf(served, models.gemma_gguf())
+    nearpeak.load_gguf(rounding, models.gemma_gguf(), input_bits=8)
     _dequantize_into(plain, served)
     prompt, texts = _texts(tokenizer)
     bench.say(f"{name}: logits in float64")
     exact = _in_float64(served, lambda model: _last_logits(model, texts))
-    nearpeak.patch(served)
-    yield from _prefill_and_decode(bench, name, {"unpatched": plain, "patched": served}, prompt, texts, exact)
+    for each, label in ((served, name), (rounding, f"{name}, inputs in 8 bits")):
+        nearpeak.patch(each)
+        yield from _prefill_and_decode(bench, label, {"unpatched": plain, "patched": each}, prompt, texts, exact)
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
 """Linear layers with weights of 8 and 4 bits, in the shapes of Gemma 3 270M and Llama 3 8B: decoding and prefill.
 
-Baselines are what users have today: the float layer, dequantising at each call, and torch's own weight-only operators
-for the CPU. Not all give the same result: the float layer's weight is not rounded, torch's operator for 8 bits knows
-one scale a row only, and the one for 4 bits rounds scales to x's dtype.
+Once with x as it is, and once with x rounded to 8 bits. Baselines are what users have today: the float layer,
+dequantising at each call, and torch's own weight-only operators for the CPU. Not all give the same result: the float
+layer's weight is not rounded, torch's operator for 8 bits knows one scale a row only, and the one for 4 bits rounds
+scales to x's dtype.
 """
+
+import itertools
 
 import nearpeak
 import torch
 import torch.nn.functional as F
 from nearpeak.linear import reference
+from nearpeak.linear.input_rounding import rounded
 from nearpeak.linear.weights import unpack
 
 from .cases import Case, Operator, Work
@@ -42,19 +46,25 @@ def _dequantized_first(x, codes, scales, bits):
     return F.linear(x, _weight(codes, scales, bits).dequantize(x.dtype))
 
 
-def _operator(bits, itemsize):
+def _operator(bits, itemsize, input_bits):
     """itemsize: of x, in whose elements the weight's bytes are counted."""
 
     def work(rows, inputs, outputs, bits):
         weight = outputs * (inputs * bits / 8 + inputs / GROUP_SIZE * 4)
         return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs)
 
+    def exact(x, codes, scales, bits):
+        return reference.quantized_linear(x, codes, scales, None, None, bits, input_bits)
+
+    def plain(x, codes, scales, bits):
+        return _dequantized_first(rounded(x, input_bits, GROUP_SIZE).to(x.dtype), codes, scales, bits)
+
     operator = Operator(
         name="quantized_linear",
-        shape="{rows}x{inputs}x{outputs} {bits} bits",
+        shape="{rows}x{inputs}x{outputs} {bits} bits" + (", x in 8" if input_bits else ""),
         inputs=_inputs,
-        reference=lambda x, codes, scales, bits: reference.quantized_linear(x, codes, scales, None, None, bits),
-        plain=_dequantized_first,
+        reference=exact,
+        plain=plain,
         work={"forward": work},
         kernels={"forward": "quantized_linear_inference", "training": "quantized_linear"},
         differentiable=("x",),
@@ -63,9 +73,16 @@ def _operator(bits, itemsize):
     @operator.implementation("nearpeak")
     def _(x, codes, scales, bits):
         weight = _weight(codes, scales, bits)
-        return lambda: nearpeak.quantized_linear(x, weight)
+        return lambda: nearpeak.quantized_linear(x, weight, input_bits=input_bits)
 
-    @operator.implementation("dequantise, F.linear", baseline=True)
+    if input_bits:
+
+        @operator.implementation("x as it is", baseline=True, same_result=False)
+        def _(x, codes, scales, bits):
+            weight = _weight(codes, scales, bits)
+            return lambda: nearpeak.quantized_linear(x, weight)
+
+    @operator.implementation("dequantise, F.linear", baseline=True, same_result=not input_bits)
     def _(x, codes, scales, bits):
         return lambda: _dequantized_first(x, codes, scales, bits)
 
@@ -89,17 +106,22 @@ def _torch_4(x, codes, scales, bits):
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, scales_and_zeros)
 
 
-OPERATORS = {(bits, itemsize): _operator(bits, itemsize) for itemsize in (4, 2) for bits in BITS}
+OPERATORS = {
+    (bits, itemsize, input_bits): _operator(bits, itemsize, input_bits)
+    for itemsize in (4, 2)
+    for bits in BITS
+    for input_bits in (None, 8)
+}
 
 
 def _cases():
     for dtype in (torch.float32, torch.bfloat16):
-        for bits in BITS:
+        for bits, input_bits in itertools.product(BITS, (None, 8)):
             for inputs, outputs in (*GEMMA, *LLAMA):
                 for rows in ROWS:
                     if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
                         parameters = {"rows": rows, "inputs": inputs, "outputs": outputs, "bits": bits}
-                        operator = OPERATORS[bits, dtype.itemsize]
+                        operator = OPERATORS[bits, dtype.itemsize, input_bits]
                         yield Case(operator, parameters, dtype, quick=(rows, inputs, outputs) in QUICK[dtype])
 
 

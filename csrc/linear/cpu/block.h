@@ -29,7 +29,8 @@ constexpr int64_t kSteps = 256, kLeftRows = 384;
 // time, as memory likes it.
 constexpr int64_t kNarrowSteps = 1024, kNarrowLeftRows = 2 * kTile;
 
-template <class T>
+// Of a quantised weight, which is dequantised as it is packed, or of one in T.
+template <class T, bool kQuantized>
 class BlockProduct {
   public:
     BlockProduct(const Product& product, const Block& its_block, Arena& arena)
@@ -45,8 +46,10 @@ class BlockProduct {
 
     void run() {
         [[maybe_unused]] const TileUnitFor<T> unit;
-        multiply_factors(p.factors(), p.quantized, true);
-        if (p.update) multiply_factors(*p.update, nullptr, false);
+        multiply_factors(p.factors(), true);
+        if constexpr (!kQuantized) {
+            if (p.update) multiply_factors(*p.update, false);
+        }
         if (p.out_matrix.transposed) {
             store_transposed();
         } else {
@@ -71,14 +74,14 @@ class BlockProduct {
     float* sums_of(int64_t panel) const { return sums + panel * round_up(rows(), kRowUnit) * kPanel; }
 
     // Sums of a first pair begin with it.
-    void multiply_factors(const Factors& factors, const Quantized* quantized, bool first) {
+    void multiply_factors(const Factors& factors, bool first) {
         for (int64_t element = 0; element == 0 || element < factors.steps; element += steps * Step::kElements) {
             const Range chunk{element, std::min(element + steps * Step::kElements, factors.steps)};
             const bool replaces = first && element == 0;
             pack_right(factors, chunk);
             for (int64_t row = 0; row < rows(); row += left_rows) {
                 const int64_t count = std::min(left_rows, rows() - row);
-                pack_left(factors, quantized, {block.row_begin + row, block.row_begin + row + count}, chunk);
+                pack_left(factors, {block.row_begin + row, block.row_begin + row + count}, chunk);
                 for (int64_t panel = 0; panel < panels(); ++panel) {
                     multiply_panel(count, chunk.size(), replaces, panel, sums_of(panel) + row * kPanel);
                 }
@@ -102,13 +105,16 @@ class BlockProduct {
         }
     }
 
-    void pack_left(const Factors& factors, const Quantized* quantized, Range its_rows, Range chunk) {
-        if (quantized) return dequantize_left<Step>(*quantized, factors.steps, its_rows, chunk, left, left_stride);
-        const Stored<T> from{static_cast<const T*>(factors.left), factors.left_rows};
-        if (p.left_matrix.transposed) {
-            transpose_left<Step>(from, its_rows, chunk, left, left_stride);
+    void pack_left(const Factors& factors, Range its_rows, Range chunk) {
+        if constexpr (kQuantized) {
+            dequantize_left<Step>(*p.quantized, p.steps, its_rows, chunk, left, left_stride);
         } else {
-            copy_left<Step>(from, its_rows, chunk, left, left_stride);
+            const Stored<T> from{static_cast<const T*>(factors.left), factors.left_rows};
+            if (p.left_matrix.transposed) {
+                transpose_left<Step>(from, its_rows, chunk, left, left_stride);
+            } else {
+                copy_left<Step>(from, its_rows, chunk, left, left_stride);
+            }
         }
     }
 

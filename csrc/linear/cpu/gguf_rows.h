@@ -20,38 +20,39 @@ inline float half_at(const uint8_t* at) {
     return to_float(half);
 }
 
-// What the formats share. kLine: steps, a power of two, that fill no more than a line of the cache, so that none is
-// left out where they are fetched.
-template <int64_t kItsSteps, int64_t kItsBytes, int64_t kLine>
+// What the formats share: `unit` is where the unit's bytes begin.
+template <int64_t kItsSteps, int64_t kItsBytes>
 struct GgufRow {
+    static constexpr int kUnitBlocks = kItsSteps == 256 ? 8 : 4;
     static constexpr int64_t kSteps = kItsSteps, kBytes = kItsBytes;
+    static constexpr int64_t kUnitBytes = kUnitBlocks * kCodeBlock / kSteps * kBytes;
+    static constexpr bool kScalesNumbers = false, kHasHalves = false, kNeedsSums = false, kHasShifts = false;
 
     const uint8_t* blocks;
+    int64_t offset;  // of the unit: the same in all rows, and so in one register
 
-    // Where the block with `step` begins.
-    const uint8_t* at(int64_t step) const { return blocks + step / kSteps * kBytes; }
+    void enter(int64_t number, int64_t) { offset = number * kUnitBytes; }
+    const uint8_t* unit() const { return blocks + offset; }
 
-    void enter(int64_t) const {}
-
-    [[gnu::always_inline]] void fetch(int64_t step) const {
-        if (step % kLine == 0) fetch_line(blocks + step * kBytes / kSteps);
-    }
+    [[gnu::always_inline]] void fetch(int64_t bytes) const { fetch_lines<kUnitBytes>(unit() + bytes); }
 };
 
-struct Q8_0Row : GgufRow<32, 34, 32> {
-    static constexpr bool kNeedsSums = false;
+struct Q8_0Row : GgufRow<32, 34> {
+    static constexpr int kMiddle = 128;
 
-    SignedBytes block(int64_t step) const { return bitcast<SignedBytes>(load_block(at(step) + 2)); }
+    UnsignedBytes codes(int i) const { return bitcast<UnsignedBytes>(block(i)) ^ static_cast<uint8_t>(kMiddle); }
+    SignedBytes block(int i) const { return bitcast<SignedBytes>(load_block(unit() + i * kBytes + 2)); }
     static Float number(SignedBytes bytes, int j) { return vector_of(bytes, j); }
-    Scaled factors(int64_t block) const { return {broadcast(half_at(blocks + block * kBytes) * kUnit)}; }
+    Scale coefficients(int i, int64_t) const { return {half_at(unit() + i * kBytes)}; }
 };
 
-struct Q4_0Row : GgufRow<32, 18, 64> {
-    static constexpr bool kNeedsSums = false;
+struct Q4_0Row : GgufRow<32, 18> {
+    static constexpr int kMiddle = HalvesOfBytes::kMiddle;
 
-    auto block(int64_t step) const { return HalvesOfBytes::block(at(step) + 2); }
+    UnsignedBytes codes(int i) const { return HalvesOfBytes::codes(unit() + i * kBytes + 2); }
+    auto block(int i) const { return HalvesOfBytes::block(unit() + i * kBytes + 2); }
     static Float number(HalvesOfBytes::Block bytes, int j) { return HalvesOfBytes::number(bytes, j); }
-    Scaled factors(int64_t block) const { return {broadcast(half_at(blocks + block * kBytes) * kUnit)}; }
+    Scale coefficients(int i, int64_t) const { return {half_at(unit() + i * kBytes)}; }
 };
 
 // A byte of `bits` eight times, and then the next.
@@ -66,108 +67,109 @@ constexpr UnsignedBytes one_of_eight(std::index_sequence<place...>) {
     return UnsignedBytes{static_cast<uint8_t>(1 << place % 8)...};
 }
 
-struct Q5_0Row : GgufRow<32, 22, 64> {
-    static constexpr bool kNeedsSums = false;
+struct Q5_0Row : GgufRow<32, 22> {
+    static constexpr int kMiddle = 16;
 
-    SignedBytes block(int64_t step) const {
+    UnsignedBytes codes(int i) const {
         using Places = std::make_index_sequence<kCodeBlock>;
+        const uint8_t* const from = unit() + i * kBytes;
         uint32_t bits;
-        std::memcpy(&bits, at(step) + 2, sizeof(bits));
+        std::memcpy(&bits, from + 2, sizeof(bits));
         const UnsignedBytes fifth = eight_times(bits, Places()) & one_of_eight(Places());
-        return with_fifth_bits(load_halves(at(step) + 6), bitcast<SignedBytes>(fifth == 0));
+        return load_halves(from + 6) | (bitcast<UnsignedBytes>(fifth != 0) & uint8_t{16});
     }
+    SignedBytes block(int i) const { return numbers_of<kMiddle>(codes(i)); }
     static Float number(SignedBytes bytes, int j) { return vector_of(bytes, j); }
-    Scaled factors(int64_t block) const { return {broadcast(half_at(blocks + block * kBytes) * kUnit)}; }
+    Scale coefficients(int i, int64_t) const { return {half_at(unit() + i * kBytes)}; }
 };
+
+using EightBytes = uint8_t __attribute__((vector_size(8)));
+
+inline Eight to_eight(const void* bytes) {
+    EightBytes numbers;
+    std::memcpy(&numbers, bytes, sizeof(numbers));
+    return to_floats(__builtin_convertvector(numbers, EightInts));
+}
 
 // q4_k and q5_k. 32 bytes hold two blocks' codes.
 template <bool kFifthBits>
-struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144, 64> {
-    using GgufRow<256, kFifthBits ? 176 : 144, 64>::at;
-    static constexpr bool kNeedsSums = true;
-    static constexpr int kBlocks = 8, kScales = 4, kFifth = 16, kCodes = kFifthBits ? 48 : 16;  // where they begin
+struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144> {
+    using Base = GgufRow<256, kFifthBits ? 176 : 144>;
+    using Base::unit;
+    static constexpr bool kHasShifts = true;
+    static constexpr int kScales = 4, kFifth = 16, kCodes = kFifthBits ? 48 : 16;  // where they begin
     static constexpr int kMiddle = kFifthBits ? 16 : 8;
 
-    SignedBytes block(int64_t step) const {
-        const uint8_t* const from = at(step);
-        const int number = static_cast<int>(step / kCodeBlock) % kBlocks;
-        const UnsignedBytes low = shifted(load_block(from + kCodes + number / 2 * 32), number % 2 * 4) & 15;
-        if constexpr (kFifthBits) {
-            const auto bit = static_cast<uint8_t>(1 << number);
-            const UnsignedBytes fifth = load_block(from + kFifth) & bit;
-            return with_fifth_bits(low, bitcast<SignedBytes>(fifth == 0));
-        }
-        return bitcast<SignedBytes>(low) - int8_t{kMiddle};
+    UnsignedBytes codes(int i) const {
+        const UnsignedBytes low = shifted(load_block(unit() + kCodes + i / 2 * 32), i % 2 * 4) & 15;
+        if constexpr (!kFifthBits) return low;
+        // The bit to place 4.
+        const UnsignedBytes fifth = load_block(unit() + kFifth);
+        return low | ((i < 4 ? fifth << static_cast<uint8_t>(4 - i) : fifth >> static_cast<uint8_t>(i - 4)) & 16);
     }
+    SignedBytes block(int i) const { return numbers_of<kMiddle>(codes(i)); }
     static Float number(SignedBytes bytes, int j) { return vector_of(bytes, j); }
 
     // The first four blocks' 6 bits lie in a byte each, the others' in 4 bits and in what those leave free.
-    void enter(int64_t block) {
-        const uint8_t* const from = at(block * kCodeBlock);
+    void enter(int64_t number, int64_t group) {
+        Base::enter(number, group);
         uint32_t six[3];
-        std::memcpy(six, from + kScales, sizeof(six));
+        std::memcpy(six, unit() + kScales, sizeof(six));
         const auto others = [](uint32_t low, uint32_t high) {
             return (low & 0x0f0f0f0fu) | ((high >> 6 & 0x03030303u) << 4);
         };
         const uint32_t scale_bits[] = {six[0] & 0x3f3f3f3fu, others(six[2], six[0])};
         const uint32_t minimum_bits[] = {six[1] & 0x3f3f3f3fu, others(six[2] >> 4, six[1])};
-        uint8_t its_scales[kBlocks], its_minima[kBlocks];
-        std::memcpy(its_scales, scale_bits, sizeof(its_scales));
-        std::memcpy(its_minima, minimum_bits, sizeof(its_minima));
-        const float scale = half_at(from), minimum = half_at(from + 2);
-        for (int i = 0; i < kBlocks; ++i) {
-            const float each = scale * static_cast<float>(its_scales[i]);
-            scales[i] = each * kUnit;
-            shifts[i] = kMiddle * each - minimum * static_cast<float>(its_minima[i]);
-        }
+        const Eight its_scales = half_at(unit()) * to_eight(scale_bits);
+        its_shifts = static_cast<float>(kMiddle) * its_scales - half_at(unit() + 2) * to_eight(minimum_bits);
+        std::memcpy(scales, &its_scales, sizeof(scales));
     }
-    ScaledAndShifted factors(int64_t block) const {
-        return {broadcast(scales[block % kBlocks]), broadcast(shifts[block % kBlocks])};
-    }
+    ScaleAndShift coefficients(int i, int64_t) const { return {scales[i], its_shifts[i]}; }
+    Eight shifts() const { return its_shifts; }
 
   private:
-    float scales[kBlocks], shifts[kBlocks];  // of the blocks that enter() was for
+    float scales[Base::kUnitBlocks];
+    Eight its_shifts;
 };
 
-struct Q6KRow : GgufRow<256, 210, 64> {
-    static constexpr bool kNeedsSums = false;
-    static constexpr int kBlocks = 8, kHigh = 128, kScales = 192, kScale = 208;  // where they begin
+struct Q6KRow : GgufRow<256, 210> {
+    // 16 steps have a scale of their own. Where those do not lie side by side, it meets their numbers.
+    static constexpr bool kScalesNumbers = !kSideBySide, kHasHalves = true;
+    static constexpr int kHigh = 128, kScales = 192, kScale = 208;  // where they begin
+    static constexpr int kMiddle = 32;
 
-    // 16 steps have a scale of their own. Where those lie side by side, it meets their sums.
     struct Block {
         SignedBytes bytes;
-        Float first, second;
+        ScaleOfHalves scale;
     };
 
     // 128 steps have 64 bytes of lower bits, of two quarters each, and 32 bytes of higher bits, of all four.
-    Block block(int64_t step) const {
-        const uint8_t* const from = at(step);
-        const int number = static_cast<int>(step / kCodeBlock) % kBlocks, part = number / 4, quarter = number % 4;
-        const UnsignedBytes low = shifted(load_block(from + part * 64 + quarter % 2 * 32), quarter / 2 * 4) & 15;
-        const UnsignedBytes high = shifted(load_block(from + kHigh + part * 32), quarter * 2) & 3;
-        const auto codes = bitcast<UnsignedBytes>(bitcast<Words>(high) << uint16_t{4}) | low;
-        return {bitcast<SignedBytes>(codes) - int8_t{32}, broadcast(scales[2 * number]),
-                broadcast(scales[2 * number + 1])};
+    UnsignedBytes codes(int i) const {
+        const int part = i / 4, quarter = i % 4;
+        const UnsignedBytes low = shifted(load_block(unit() + part * 64 + quarter % 2 * 32), quarter / 2 * 4) & 15;
+        const UnsignedBytes high = shifted(load_block(unit() + kHigh + part * 32), quarter * 2) & 3;
+        return bitcast<UnsignedBytes>(bitcast<Words>(high) << uint16_t{4}) | low;
     }
+    Block block(int i) const { return {numbers_of<kMiddle>(codes(i)), coefficients(i, 0)}; }
     static Float number(const Block& block, int j) {
         const Float number = vector_of(block.bytes, j);
-        return kSideBySide ? number : number * (j < kBlockVectors / 2 ? block.first : block.second);
+        return kScalesNumbers ? number * block.scale.of_half(j >= kBlockVectors / 2).scale : number;
     }
-    void enter(int64_t block) {
-        const uint8_t* const from = at(block * kCodeBlock);
-        int8_t its_scales[2 * kBlocks];
-        std::memcpy(its_scales, from + kScales, sizeof(its_scales));
-        const float scale = half_at(from + kScale) * (kSideBySide ? kUnit : 1.0f);
-        for (int i = 0; i < 2 * kBlocks; ++i) scales[i] = scale * static_cast<float>(its_scales[i]);
+    void enter(int64_t number, int64_t group) {
+        GgufRow::enter(number, group);
+        using Bytes = int8_t __attribute__((vector_size(8)));
+        for (int half = 0; half < 2; ++half) {
+            Bytes numbers;
+            std::memcpy(&numbers, unit() + kScales + half * kUnitBlocks, sizeof(numbers));
+            const Eight floats = to_floats(__builtin_convertvector(numbers, EightInts));
+            const Eight its_scales = half_at(unit() + kScale) * floats;
+            std::memcpy(scales + half * kUnitBlocks, &its_scales, sizeof(its_scales));
+        }
     }
-    Scaled factors(int64_t block) const {
-        const int number = static_cast<int>(block % kBlocks);
-        if constexpr (!kSideBySide) return {broadcast(1.0f)};
-        return {halves_of<0>(broadcast(scales[2 * number]), broadcast(scales[2 * number + 1]))};
-    }
+    ScaleOfHalves coefficients(int i, int64_t) const { return {scales[2 * i], scales[2 * i + 1]}; }
 
   private:
-    float scales[2 * kBlocks];  // of the blocks that enter() was for
+    float scales[2 * kUnitBlocks];
 };
 
 // Calls function(row_of) with what gives a row of `steps` elements of blocks.

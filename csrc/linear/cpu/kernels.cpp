@@ -1,4 +1,4 @@
-// Linear layers' products, written once for every instruction set.
+// Linear layers' products with a weight in floats, written once for every instruction set.
 
 #include "kernels.h"
 
@@ -6,7 +6,6 @@
 
 #include "block.h"
 #include "few_columns.h"
-#include "quantized_columns.h"
 #include "tile_columns.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
@@ -17,11 +16,7 @@ namespace {
 constexpr int64_t kVectorColumns = 2, kTileColumns = 64;
 #endif
 
-int64_t most_few_columns(const Product& p) {
-    if (p.quantized) {
-        const int64_t most = p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
-        return p.columns <= most && QuantizedColumns::serves(p) ? most : 0;
-    }
+int64_t most_few_columns([[maybe_unused]] const Product& p) {
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16) return kTileColumns;
 #endif
@@ -33,7 +28,7 @@ void with_product(const Product& p, const Block& block, float* scratch, Function
     with_type(p.dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
         Arena arena(scratch);
-        BlockProduct<T> product(p, block, arena);
+        BlockProduct<T, false> product(p, block, arena);
         function(product, arena);
     });
 }
@@ -52,10 +47,6 @@ void multiply(const Product& p, const Block& block, float* scratch) {
 template <class Function>
 void with_few_columns(const Product& p, float* scratch, Function function) {
     Arena arena(scratch);
-    if (p.quantized) {
-        QuantizedColumns columns(p, arena);
-        return function(columns, arena);
-    }
 #ifdef NEARPEAK_HAS_TILES
     if (p.dtype == Dtype::bfloat16 && p.columns > kVectorColumns) {
         TileColumns columns(p, arena);

@@ -32,7 +32,10 @@ struct Quantized {
     const uint8_t* codes;  // or blocks
     const float* scales;   // or null
     const uint8_t* zeros;  // or null
-    int group_shift;       // of codes: log2 of the steps of a group, which divide all steps
+    int group_shift;       // log2 of the steps of a group, which divide all steps; of blocks: kBlockShift
+    bool rounds_x;         // whether x is rounded to 8 bits, in groups like the weight's (byte_x.h)
+
+    int64_t group_size() const { return int64_t{1} << group_shift; }
 };
 constexpr int kBlockShift = 5;
 constexpr int64_t kCodeBlock = 1 << kBlockShift;
@@ -97,6 +100,14 @@ struct Kernels {
     void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
 };
 
+// Those of products with a quantised weight have a table of their own.
+#define NEARPEAK_DECLARE_QUANTIZED_KERNELS(isa) \
+    namespace isa {                             \
+    extern const Kernels quantized_kernels;     \
+    }
+#define NEARPEAK_QUANTIZED_KERNELS_OF(isa) &isa::quantized_kernels,
+
 NEARPEAK_ISAS(NEARPEAK_DECLARE_KERNELS)
+NEARPEAK_ISAS(NEARPEAK_DECLARE_QUANTIZED_KERNELS)
 
 }  // namespace nearpeak::linear

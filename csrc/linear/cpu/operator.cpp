@@ -10,6 +10,7 @@ namespace nearpeak::linear {
 namespace {
 
 const Kernels* const kKernels[] = {NEARPEAK_ISAS(NEARPEAK_KERNELS_OF)};
+const Kernels* const kQuantizedKernels[] = {NEARPEAK_ISAS(NEARPEAK_QUANTIZED_KERNELS_OF)};
 
 // Multiply-adds that are worth a thread: waking one costs about 5 us.
 constexpr int64_t kWorkPerThread = int64_t{1} << 18;
@@ -81,7 +82,7 @@ void run(Product& p, const RowsOf& right, const Tensor& out) {
     p.out = out.mutable_data_ptr();
     p.out_matrix.rows = contiguous_rows(out.sizes().back());
     p.dtype = dtype_of(out);
-    const Kernels& kernels = *kKernels[selected_isa()];
+    const Kernels& kernels = *(p.quantized ? kQuantizedKernels : kKernels)[selected_isa()];
     if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p)) {
         run_few_columns(p, kernels);
     } else {
@@ -206,7 +207,8 @@ Tensor run_quantized_linear(const Tensor& x, const Quantized& weight, int64_t fe
 }
 
 Tensor run_with_codes(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                      const std::optional<Tensor>& bias, int64_t bits, const Epilogue* epilogue) {
+                      const std::optional<Tensor>& bias, int64_t bits, std::optional<int64_t> input_bits,
+                      const Epilogue* epilogue) {
     const Tensor dense_codes = made_contiguous(codes), dense_scales = made_contiguous(scales);
     const std::optional<Tensor> dense_zeros = made_dense(zeros);
     const Quantized weight{
@@ -215,31 +217,34 @@ Tensor run_with_codes(const Tensor& x, const Tensor& codes, const Tensor& scales
         static_cast<const float*>(dense_scales.const_data_ptr()),
         dense_zeros ? static_cast<const uint8_t*>(dense_zeros->const_data_ptr()) : nullptr,
         __builtin_ctzll(x.sizes().back() / scales.size(1)),
+        input_bits.has_value(),
     };
     return run_quantized_linear(x, weight, codes.size(0), bias, epilogue);
 }
 
 bool is_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                         const std::optional<Tensor>& bias, int64_t bits) {
-    return is_quantized_weight_of(codes, scales, zeros, bits, x) && is_bias_of(bias, x, codes.size(0));
+                         const std::optional<Tensor>& bias, int64_t bits, std::optional<int64_t> input_bits) {
+    return is_quantized_weight_of(codes, scales, zeros, bits, x) && is_bias_of(bias, x, codes.size(0)) &&
+           input_bits.value_or(8) == 8;
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
-                        const std::optional<Tensor>& bias, int64_t bits) {
-    require(is_quantized_linear(x, codes, scales, zeros, bias, bits), "quantized_linear");
-    return run_with_codes(x, codes, scales, zeros, bias, bits, nullptr);
+                        const std::optional<Tensor>& bias, int64_t bits, std::optional<int64_t> input_bits) {
+    require(is_quantized_linear(x, codes, scales, zeros, bias, bits, input_bits), "quantized_linear");
+    return run_with_codes(x, codes, scales, zeros, bias, bits, input_bits, nullptr);
 }
 
 std::tuple<Tensor, Tensor> quantized_linear_epilogue(const Tensor& x, const Tensor& codes, const Tensor& scales,
                                                      const std::optional<Tensor>& zeros,
                                                      const std::optional<Tensor>& bias, int64_t bits,
                                                      const std::optional<Tensor>& residual,
-                                                     std::optional<int64_t> activation, bool keep) {
-    require(is_quantized_linear(x, codes, scales, zeros, bias, bits) &&
+                                                     std::optional<int64_t> activation, bool keep,
+                                                     std::optional<int64_t> input_bits) {
+    require(is_quantized_linear(x, codes, scales, zeros, bias, bits, input_bits) &&
                 is_epilogue_of(residual, activation, x, codes.size(0)),
             "quantized_linear_epilogue");
     const Epilogue epilogue(x, codes.size(0), residual, activation, keep);
-    return {run_with_codes(x, codes, scales, zeros, bias, bits, &epilogue), epilogue.before};
+    return {run_with_codes(x, codes, scales, zeros, bias, bits, input_bits, &epilogue), epilogue.before};
 }
 
 // One of GGUF's types of blocks.
@@ -268,12 +273,16 @@ const GgufType* gguf_type_of(const Tensor& blocks, int64_t kind, const Tensor& x
 
 std::tuple<Tensor, Tensor> gguf_linear(const Tensor& x, const Tensor& blocks, const std::optional<Tensor>& bias,
                                        int64_t kind, const std::optional<Tensor>& residual,
-                                       std::optional<int64_t> activation, bool keep) {
+                                       std::optional<int64_t> activation, bool keep,
+                                       std::optional<int64_t> input_bits) {
     const GgufType* const type = gguf_type_of(blocks, kind, x);
-    require(type && is_bias_of(bias, x, blocks.size(0)) && is_epilogue_of(residual, activation, x, blocks.size(0)),
+    require(type && is_bias_of(bias, x, blocks.size(0)) && is_epilogue_of(residual, activation, x, blocks.size(0)) &&
+                input_bits.value_or(8) == 8,
             "gguf_linear");
     const Tensor dense = made_contiguous(blocks);
-    const Quantized weight{type->format, static_cast<const uint8_t*>(dense.const_data_ptr()), nullptr, nullptr, 0};
+    const Quantized weight{type->format, static_cast<const uint8_t*>(dense.const_data_ptr()),
+                           nullptr,      nullptr,
+                           kBlockShift,  input_bits.has_value()};
     const Epilogue epilogue(x, blocks.size(0), residual, activation, keep);
     return {run_quantized_linear(x, weight, blocks.size(0), bias, &epilogue), epilogue.before};
 }

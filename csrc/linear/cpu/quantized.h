@@ -12,19 +12,33 @@ namespace nearpeak::linear::NEARPEAK_ISA {
 template <int kBits, bool kZeros>
 struct CodesRow {
     static constexpr int kMiddle = 1 << (kBits - 1);
-    static constexpr bool kNeedsSums = kZeros;
+    static constexpr bool kNeedsSums = kZeros, kHasShifts = false, kScalesNumbers = false, kHasHalves = false;
+    static constexpr int kUnitBlocks = 4;
+    static constexpr int64_t kBytes = kCodeBlock * kBits / 8, kUnitBytes = kUnitBlocks * kBytes;
 
-    const uint8_t* codes;
+    const uint8_t* bytes;
     const float* scales;
     const uint8_t* zeros;
-    int blocks_shift;  // log2 of the blocks of a group
+    int64_t offset, first_group;  // of the unit: the same in all rows, and so in one register
 
-    auto block(int64_t step) const {
-        const uint8_t* const at = codes + step * kBits / 8;
+    void enter(int64_t number, int64_t group) {
+        offset = number * kUnitBytes;
+        first_group = group;
+    }
+    const uint8_t* at(int i) const { return bytes + offset + i * kBytes; }
+
+    UnsignedBytes codes(int i) const {
         if constexpr (kBits == 4) {
-            return HalvesOfBytes::block(at);
+            return HalvesOfBytes::codes(at(i));
         } else {
-            return bitcast<SignedBytes>(load_block(at) ^ uint8_t{kMiddle});
+            return load_block(at(i));
+        }
+    }
+    auto block(int i) const {
+        if constexpr (kBits == 4) {
+            return HalvesOfBytes::block(at(i));
+        } else {
+            return numbers_of<kMiddle>(codes(i));
         }
     }
     template <class Block>
@@ -35,23 +49,26 @@ struct CodesRow {
             return vector_of(block, j);
         }
     }
-    auto factors(int64_t block) const {
-        const int64_t group = block >> blocks_shift;
+    auto coefficients(int, int64_t group) const {
         if constexpr (kZeros) {
-            const float offset = static_cast<float>(zeros[group] - kMiddle) / kUnit;
-            return ScaledFromZero{broadcast(scales[group] * kUnit), broadcast(offset)};
+            return ScaleFromZero{scales[first_group + group], static_cast<float>(zeros[first_group + group] - kMiddle)};
         } else {
-            return Scaled{broadcast(scales[group] * kUnit)};
+            return Scale{scales[first_group + group]};
         }
     }
 
-    void enter(int64_t) const {}
-
-    [[gnu::always_inline]] void fetch(int64_t step) const {
-        constexpr int64_t kLineCodes = 64 * 8 / kBits;
-        if (step % kLineCodes == 0) fetch_line(codes + step * kBits / 8);
-    }
+    [[gnu::always_inline]] void fetch(int64_t behind) const { fetch_lines<kUnitBytes>(at(0) + behind); }
 };
+
+// What makes weights of numbers as block() and number() give them.
+template <class Row>
+auto coefficients_in_units(const Row& row, int i, int64_t group) {
+    if constexpr (Row::kScalesNumbers) {
+        return Scale{1.0f};
+    } else {
+        return row.coefficients(i, group).in_units(kUnit);
+    }
+}
 
 // Calls function(row_of) with what gives a row of the weight, of `steps` elements.
 template <class Function>
@@ -59,9 +76,12 @@ inline void with_rows(const Quantized& weight, int64_t steps, Function function)
     const auto with_codes = [&](auto bits, auto zeros) {
         function([&weight, steps](int64_t row) {
             const int64_t groups = steps >> weight.group_shift;
-            return CodesRow<decltype(bits)::value, decltype(zeros)::value>{
-                weight.codes + row * (steps * decltype(bits)::value / 8), weight.scales + row * groups,
-                decltype(zeros)::value ? weight.zeros + row * groups : nullptr, weight.group_shift - kBlockShift};
+            using Row = CodesRow<decltype(bits)::value, decltype(zeros)::value>;
+            Row its_row{};
+            its_row.bytes = weight.codes + row * (steps * decltype(bits)::value / 8);
+            its_row.scales = weight.scales + row * groups;
+            if (decltype(zeros)::value) its_row.zeros = weight.zeros + row * groups;
+            return its_row;
         });
     };
     const auto with_bits = [&](auto bits) {
@@ -81,24 +101,28 @@ inline void with_rows(const Quantized& weight, int64_t steps, Function function)
     }
 }
 
-// Like copy_left, of a dequantised weight: to[row][step], rows `stride` floats apart. Where the product takes bfloat16
-// numbers in pairs, they are rounded to it, as a weight dequantised beforehand would be.
+// Like copy_left, of a dequantised weight, from the first step of a unit on: to[row][step], rows `stride` floats apart.
+// Where the product takes bfloat16 numbers in pairs, they are rounded to it, as a weight dequantised beforehand would
+// be.
 template <class Step>
 void dequantize_left(const Quantized& weight, int64_t width, Range rows, Range steps, float* to, int64_t stride) {
     using Kept = std::conditional_t<Step::kElements == 2, bfloat16, float>;
+    const int blocks_shift = weight.group_shift - kBlockShift;
     with_rows(weight, width, [&](auto row_of) {
         using Row = decltype(row_of(0));
         for (int64_t number = rows.begin; number < rows.end; ++number, to += stride) {
             Row row = row_of(number);
             Kept* const at = reinterpret_cast<Kept*>(to);
             for (int64_t step = steps.begin; step < steps.end; step += kCodeBlock) {
-                if (step == steps.begin || step / kCodeBlock % kEnterEvery == 0) row.enter(step / kCodeBlock);
-                const auto block = row.block(step);
-                const auto factors = row.factors(step / kCodeBlock);
+                const int64_t number = step / kCodeBlock;
+                const int i = static_cast<int>(number % Row::kUnitBlocks);
+                if (i == 0) row.enter(number / Row::kUnitBlocks, number >> blocks_shift);
+                const auto block = row.block(i);
+                const auto coefficients = coefficients_in_units(row, i, i >> blocks_shift);
                 Float vectors[kBlockVectors], weights[kBlockVectors];
-                for (int j = 0; j < kBlockVectors; ++j) vectors[j] = factors.weight(Row::number(block, j));
+                for (int j = 0; j < kBlockVectors; ++j) vectors[j] = coefficients.weight(Row::number(block, j));
                 put_in_order(vectors, weights);
-                for (int i = 0; i < kBlockVectors; ++i) store(at + step - steps.begin + i * kLanes, weights[i]);
+                for (int v = 0; v < kBlockVectors; ++v) store(at + step - steps.begin + v * kLanes, weights[v]);
             }
         }
     });

@@ -1,29 +1,49 @@
-// What rows of every quantised weight give to the products, in blocks of kCodeBlock steps:
+// What rows of every quantised weight give to the products: units of kUnitBlocks blocks of kCodeBlock steps, eight
+// where a format's own blocks are as long, else four, which more widths are a multiple of.
 //
-//     block(step)       a block's codes, as they come out of memory
-//     number(block, j)  vector j of its numbers, which are codes around zero, in units of kUnit
-//     enter(block)      called for every kEnterEvery-th block before its own and the next ones' block() and factors()
-//     factors(block)    what makes weights of its numbers, and of the sum of their products with x
-//     kNeedsSums        whether that takes the sum of x over the block
-//     fetch(step)       into the second-level cache, what block(step) will read; it may lie in a row behind this one
+//     enter(unit, group)              goes to a unit, whose first group that is; what follows is of its blocks
+//     codes(i)                        a block's codes, an unsigned byte each; kMiddle stands for zero
+//     coefficients(i, group)          what makes weights of its numbers, code - kMiddle, and of sums of their products
+//                                     with x; groups of the unit are counted from its first
+//     kNeedsSums                      whether that takes the sum of x over the block
+//     kHasShifts, shifts()            whether weights have a part that their codes have none in, and that part, block
+//                                     by block
+//     kUnitBytes, fetch(bytes)        into the second-level cache, a unit that lies so many bytes behind this one
+//
+// and to those in floats:
+//
+//     block(i)                        a block's numbers, still packed
+//     number(block, j)                vector j of them, in units of kUnit
 //
 // Most formats' codes become signed bytes first, 32 of them at once; then a quarter (an eighth, half) of those becomes
 // a vector of floats. Numbers left where they are, with a larger offset to make up for it, would save an instruction in
 // 4 bits; in float32 their sums err three times as much as those of dequantised weights.
 #pragma once
 
-#include <array>
-
 #include "pack.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
-constexpr int64_t kEnterEvery = 8;
 constexpr int kBlockVectors = static_cast<int>(kCodeBlock) / kLanes;
 
 using SignedBytes = int8_t __attribute__((vector_size(kCodeBlock)));
 using UnsignedBytes = uint8_t __attribute__((vector_size(kCodeBlock)));
 using Words = uint16_t __attribute__((vector_size(kCodeBlock)));
+using Eight = float __attribute__((vector_size(kCodeBlock)));
+using EightInts = int32_t __attribute__((vector_size(kCodeBlock)));
+
+inline Eight to_floats(EightInts value) { return __builtin_convertvector(value, Eight); }
+
+// A vector of kLanes with the same sum.
+inline Float in_lanes_of(Eight sum) {
+#if NEARPEAK_LANES == 16
+    return __builtin_shufflevector(sum, Eight{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif NEARPEAK_LANES == 8
+    return sum;
+#else
+    return __builtin_shufflevector(sum, sum, 0, 1, 2, 3) + __builtin_shufflevector(sum, sum, 4, 5, 6, 7);
+#endif
+}
 
 inline UnsignedBytes load_block(const uint8_t* from) {
     UnsignedBytes bytes;
@@ -41,19 +61,26 @@ inline UnsignedBytes first_half_of_one(UnsignedBytes first, UnsignedBytes second
     return __builtin_shufflevector(first, second, (place < sizeof...(place) / 2 ? place : place + sizeof...(place))...);
 }
 
-// 16 bytes as 32 codes of 4 bits: the low halves, and then the high ones.
-inline UnsignedBytes load_halves(const uint8_t* from) {
-    std::array<uint8_t, kCodeBlock> twice;
-    std::memcpy(twice.data(), from, kCodeBlock / 2);
-    std::memcpy(twice.data() + kCodeBlock / 2, from, kCodeBlock / 2);
-    const UnsignedBytes bytes = load_block(twice.data());
-    return first_half_of_one(bytes, shifted(bytes, 4), std::make_index_sequence<kCodeBlock>()) & 15;
+using HalfBlock = uint8_t __attribute__((vector_size(kCodeBlock / 2)));
+
+template <std::size_t... place>
+inline UnsignedBytes twice(HalfBlock half, std::index_sequence<place...>) {
+    return __builtin_shufflevector(half, half, (place % sizeof(half))...);
 }
 
-// Codes of 5 bits less 16, of the lower four and where the fifth is not set (-1; else 0).
-inline SignedBytes with_fifth_bits(UnsignedBytes low, SignedBytes without) {
-    constexpr int8_t kSixteen = -16;
-    return bitcast<SignedBytes>(low) | (without & kSixteen);
+// 16 bytes as 32 codes of 4 bits: the low halves, and then the high ones.
+inline UnsignedBytes load_halves(const uint8_t* from) {
+    using Places = std::make_index_sequence<kCodeBlock>;
+    HalfBlock half;
+    std::memcpy(&half, from, sizeof(half));
+    const UnsignedBytes bytes = twice(half, Places());
+    return first_half_of_one(bytes, shifted(bytes, 4), Places()) & 15;
+}
+
+// Codes as numbers around zero.
+template <int kMiddle>
+inline SignedBytes numbers_of(UnsignedBytes codes) {
+    return bitcast<SignedBytes>(codes - static_cast<uint8_t>(kMiddle));
 }
 
 #if NEARPEAK_LANES == 8 && defined(__AVX2__)
@@ -127,36 +154,72 @@ inline void put_in_order(const Float (&vectors)[kBlockVectors], Float (&steps)[k
     }
 }
 
-// weight = scale * number; here and below scales have the factor kUnit.
-struct Scaled {
-    Float scale;
+// weight = scale * number. of() is the weights' share of a result: of the sum of numbers times x, and of the sum of x.
+struct Scale {
+    float scale;
 
-    Float weight(Float number) const { return number * scale; }
-    void add(Float& chain, Float sum, Float) const { chain += scale * sum; }
+    Scale in_units(float unit) const { return {scale * unit}; }
+    template <class Vector>
+    Vector weight(Vector number) const {
+        return number * scale;
+    }
+    template <class Vector>
+    Vector of(Vector sum, Vector) const {
+        return sum * scale;
+    }
+    Scale without_shift() const { return *this; }
 };
 
 // weight = scale * (number - offset)
-struct ScaledFromZero {
-    Float scale, offset;
+struct ScaleFromZero {
+    float scale, offset;
 
-    Float weight(Float number) const { return (number - offset) * scale; }
-    void add(Float& chain, Float sum, Float x_sum) const { chain += scale * (sum - x_sum * offset); }
+    ScaleFromZero in_units(float unit) const { return {scale * unit, offset / unit}; }
+    template <class Vector>
+    Vector weight(Vector number) const {
+        return (number - offset) * scale;
+    }
+    template <class Vector>
+    Vector of(Vector sum, Vector x_sum) const {
+        return (sum - x_sum * offset) * scale;
+    }
+    ScaleFromZero without_shift() const { return *this; }
 };
 
 // weight = scale * number + shift
-struct ScaledAndShifted {
-    Float scale, shift;
+struct ScaleAndShift {
+    float scale, shift;
 
-    Float weight(Float number) const { return number * scale + shift; }
-    void add(Float& chain, Float sum, Float x_sum) const {
-        chain += scale * sum;
-        chain += shift * x_sum;
+    ScaleAndShift in_units(float unit) const { return {scale * unit, shift}; }
+    template <class Vector>
+    Vector weight(Vector number) const {
+        return number * scale + shift;
     }
+    template <class Vector>
+    Vector of(Vector sum, Vector x_sum) const {
+        return sum * scale + x_sum * shift;
+    }
+    Scale without_shift() const { return {scale}; }
+};
+
+// weight = scale * number, with a scale for each half of a block: of vectors whose halves lie in those.
+struct ScaleOfHalves {
+    float first, second;
+
+    ScaleOfHalves in_units(float unit) const { return {first * unit, second * unit}; }
+    Scale of_half(int half) const { return {half == 0 ? first : second}; }
+    Eight both() const { return Eight{first, first, first, first, second, second, second, second}; }
+
+    Eight weight(Eight number) const { return number * both(); }
+    Eight of(Eight sum, Eight) const { return sum * both(); }
+    ScaleOfHalves without_shift() const { return *this; }
 };
 
 // 32 codes of 4 bits, two a byte, around their middle. A vector of 16 floats holds all that there are.
 struct HalvesOfBytes {
     static constexpr int kMiddle = 8;
+
+    static UnsignedBytes codes(const uint8_t* at) { return load_halves(at); }
 #if NEARPEAK_LANES == 16 && defined(__AVX512F__)
     using Block = Int;
 
@@ -167,12 +230,17 @@ struct HalvesOfBytes {
 #else
     using Block = SignedBytes;
 
-    static Block block(const uint8_t* at) { return bitcast<SignedBytes>(load_halves(at)) - int8_t{kMiddle}; }
+    static Block block(const uint8_t* at) { return numbers_of<kMiddle>(codes(at)); }
     static Float number(Block bytes, int j) { return vector_of(bytes, j); }
 #endif
 };
 
 // Inlined early: of a function that does nothing but fetch, GCC drops the calls.
-[[gnu::always_inline]] inline void fetch_line(const void* at) { __builtin_prefetch(at, 0, 2); }
+template <int64_t kBytes>
+[[gnu::always_inline]] inline void fetch_lines(const uint8_t* at) {
+    constexpr int64_t kLine = 64;
+#pragma GCC unroll 8
+    for (int64_t byte = 0; byte < kBytes; byte += kLine) __builtin_prefetch(at + byte, 0, 2);
+}
 
 }  // namespace nearpeak::linear::NEARPEAK_ISA

@@ -5,7 +5,8 @@ import torch
 from ..operators import accumulation_dtype
 from .epilogue import kind_of
 from .gguf_blocks import TYPES, GgufWeight, dequantized
-from .layers import activation_repr
+from .input_rounding import check_input_bits
+from .layers import options_repr
 from .quantized import quantized_linear
 
 
@@ -33,18 +34,26 @@ class GgufLinear(_OnBlocks):
         weight: from `nearpeak.read_gguf`.
         bias: (out_features,), a floating dtype; None for none.
         activation: as nearpeak.nn.Linear takes it.
+        input_bits: as `nearpeak.quantized_linear` takes it.
 
     Raises:
-        TypeError: a weight of another type. ValueError: an activation that is not served.
+        TypeError: a weight of another type. ValueError: an option that is not served.
 
     >>> layer = nearpeak.nn.GgufLinear(nearpeak.read_gguf("model.gguf")["blk.0.ffn_up.weight"])
     >>> y = layer(torch.randn(2, 10, layer.in_features))
     """
 
-    def __init__(self, weight: GgufWeight, bias: torch.Tensor | None = None, activation: str | None = None):
+    def __init__(
+        self,
+        weight: GgufWeight,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        input_bits: int | None = None,
+    ):
         super().__init__(weight)
         kind_of(activation)
-        self.activation = activation
+        check_input_bits(input_bits)
+        self.activation, self.input_bits = activation, input_bits
         is_parameter = bias is None or isinstance(bias, torch.nn.Parameter)
         self.register_parameter("bias", bias if is_parameter else torch.nn.Parameter(bias))
 
@@ -57,12 +66,12 @@ class GgufLinear(_OnBlocks):
         return self.weight.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(x, self.weight, self.bias, activation=self.activation)
+        return quantized_linear(x, self.weight, self.bias, activation=self.activation, input_bits=self.input_bits)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"kind={self.kind!r}" + activation_repr(self.activation)
+            f"kind={self.kind!r}" + options_repr(self.activation, self.input_bits)
         )
 
 

@@ -3,13 +3,15 @@
 import torch
 
 from .epilogue import kind_of
+from .input_rounding import check_input_bits
 from .operator import linear
 from .quantized import quantized_linear
 from .weights import QuantizedWeight, check_options, quantize_weight
 
 
-def activation_repr(activation):
-    return "" if activation is None else f", activation={activation!r}"
+def options_repr(activation, input_bits=None):
+    options = {"activation": activation, "input_bits": input_bits}
+    return "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
 
 
 class Linear(torch.nn.Linear):
@@ -35,7 +37,7 @@ class Linear(torch.nn.Linear):
         return linear(x, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + activation_repr(self.activation)
+        return super().extra_repr() + options_repr(self.activation)
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -49,6 +51,7 @@ class QuantizedLinear(torch.nn.Module):
         in_features, out_features, bias, device, dtype: as torch.nn.Linear takes them; dtype is the bias's.
         bits, group_size, symmetric: as `nearpeak.quantize_weight` takes them.
         activation: as nearpeak.nn.Linear takes it.
+        input_bits: as `nearpeak.quantized_linear` takes it.
 
     Raises:
         ValueError: an option that is not served, or in_features that group_size does not divide.
@@ -59,12 +62,13 @@ class QuantizedLinear(torch.nn.Module):
 
     def __init__(
         self, in_features, out_features, bias=True, *, bits=8, group_size=64, symmetric=True, activation=None,
-        device=None, dtype=None,
+        input_bits=None, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
         check_options(bits, group_size)
+        check_input_bits(input_bits)
         kind_of(activation)
-        self.activation = activation
+        self.activation, self.input_bits = activation, input_bits
         if in_features <= 0 or in_features % group_size:
             raise ValueError(f"in_features must be a multiple of group_size {group_size}, not {in_features}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
@@ -85,6 +89,7 @@ class QuantizedLinear(torch.nn.Module):
         group_size: int = 64,
         symmetric: bool = True,
         importance: torch.Tensor | None = None,
+        input_bits: int | None = None,
     ) -> "QuantizedLinear":
         """The layer with module's weight quantised, its own bias, and its activation if it is a nearpeak.nn.Linear.
 
@@ -92,16 +97,21 @@ class QuantizedLinear(torch.nn.Module):
         """
         activation = module.activation if isinstance(module, Linear) else None
         weight = quantize_weight(module.weight, bits, group_size, symmetric, importance)
-        return cls.from_weight(weight, module.bias, activation)
+        return cls.from_weight(weight, module.bias, activation, input_bits)
 
     @classmethod
     def from_weight(
-        cls, weight: QuantizedWeight, bias: torch.Tensor | None = None, activation: str | None = None
+        cls,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        input_bits: int | None = None,
     ) -> "QuantizedLinear":
         """The layer of a weight that is quantised already; tensors are shared, not copied."""
         layer = cls(
             weight.in_features, weight.out_features, bits=weight.bits, group_size=weight.group_size,
-            symmetric=weight.zeros is None, activation=activation, bias=bias is not None, device="meta",
+            symmetric=weight.zeros is None, activation=activation, input_bits=input_bits, bias=bias is not None,
+            device="meta",
         )  # fmt: skip
         layer.codes, layer.scales, layer.zeros, _ = weight
         if bias is not None:
@@ -125,11 +135,11 @@ class QuantizedLinear(torch.nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return quantized_linear(x, self.weight, self.bias, activation=self.activation)
+        return quantized_linear(x, self.weight, self.bias, activation=self.activation, input_bits=self.input_bits)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={self.group_size}, symmetric={self.zeros is None}"
-            + activation_repr(self.activation)
+            + options_repr(self.activation, self.input_bits)
         )

@@ -10,6 +10,7 @@ from ..checks import check_floating, check_same
 from . import epilogue, reference
 from .gguf_blocks import GgufWeight
 from .gguf_operator import gguf_linear
+from .input_rounding import check_input_bits
 from .operator import check_bias
 from .weights import BITS, GROUP_SIZES, QuantizedWeight, dequantized
 
@@ -31,7 +32,7 @@ def _check_part(name, tensor, dtype, shape, x):
     check_same(name, tensor, "x", x, "device")
 
 
-def _check(x, codes, scales, zeros, bias, bits):
+def _check(x, codes, scales, zeros, bias, bits, input_bits=None):
     check_floating("x", x)
     if not x.dim():
         raise ValueError("x must have at least one dimension")
@@ -48,15 +49,16 @@ def _check(x, codes, scales, zeros, bias, bits):
     if zeros is not None:
         _check_part("zeros", zeros, torch.uint8, scales.shape, x)
     check_bias(bias, x, codes.shape[0])
+    check_input_bits(input_bits)
 
 
-def _check_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
-    _check(x, codes, scales, zeros, bias, bits)
+def _check_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep, input_bits=None):
+    _check(x, codes, scales, zeros, bias, bits, input_bits)
     epilogue.check(x, codes.shape[0], residual, activation)
 
 
 def _save(ctx, inputs, output):
-    _, codes, scales, zeros, _, ctx.bits = inputs
+    _, codes, scales, zeros, _, ctx.bits, _ = inputs
     ctx.save_for_backward(codes, scales, zeros)
 
 
@@ -69,11 +71,11 @@ def _input_gradient(grad, codes, scales, zeros, bits):
 def _gradient(ctx, grad):
     d_x = _input_gradient(grad, *ctx.saved_tensors, ctx.bits) if ctx.needs_input_grad[0] else None
     d_bias = torch.ops.nearpeak.linear_bias_gradient(grad) if ctx.needs_input_grad[4] else None
-    return d_x, None, None, None, d_bias, None
+    return d_x, None, None, None, d_bias, None, None
 
 
 def _save_epilogue(ctx, inputs, output):
-    _, codes, scales, zeros, _, ctx.bits, _, activation, _ = inputs
+    _, codes, scales, zeros, _, ctx.bits, _, activation, _, _ = inputs
     epilogue.save(ctx, output, activation, codes, scales, zeros)
 
 
@@ -83,25 +85,28 @@ def _epilogue_gradient(ctx, grad, _):
     d_x = _input_gradient(inner, *weight, ctx.bits) if ctx.needs_input_grad[0] else None
     d_bias = torch.ops.nearpeak.linear_bias_gradient(inner) if ctx.needs_input_grad[4] else None
     d_residual = grad if ctx.needs_input_grad[6] else None
-    return d_x, None, None, None, d_bias, None, d_residual, None, None
+    return d_x, None, None, None, d_bias, None, d_residual, None, None, None
 
 
 operators.define(
-    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits) -> Tensor",
+    "quantized_linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
+    "int? input_bits=None) -> Tensor",
     check=_check,
     reference=reference.quantized_linear,
     triton=triton_kernels and triton_kernels.quantized_linear,
-    shapes=lambda x, codes, scales, zeros, bias, bits: x.new_empty(*x.shape[:-1], codes.shape[0]),
+    shapes=lambda x, codes, *others: x.new_empty(*x.shape[:-1], codes.shape[0]),
     backward=_gradient,
     setup_context=_save,
 )
 operators.define(
     "quantized_linear_epilogue(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, "
-    "Tensor? residual, int? activation, bool keep) -> (Tensor, Tensor)",
+    "Tensor? residual, int? activation, bool keep, int? input_bits=None) -> (Tensor, Tensor)",
     check=_check_epilogue,
     reference=reference.quantized_linear_epilogue,
     triton=triton_kernels and triton_kernels.quantized_linear_epilogue,
-    shapes=lambda x, codes, *others: epilogue.shapes(x, codes.shape[0], others[-1]),
+    shapes=lambda x, codes, scales, zeros, bias, bits, residual, activation, keep, input_bits=None: epilogue.shapes(
+        x, codes.shape[0], keep
+    ),
     backward=_epilogue_gradient,
     setup_context=_save_epilogue,
 )
@@ -113,11 +118,14 @@ _epilogue = torch.ops.nearpeak.quantized_linear_epilogue.default
 _epilogue_inference = torch.ops.nearpeak.quantized_linear_epilogue_inference.default
 
 
-def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
+def quantized_linear(x, weight, bias=None, *, activation=None, residual=None, input_bits=None):
     """A linear layer with a quantised weight, and what follows it: y = f(x dequantize(weight)^T + bias) + residual.
 
     The weight is read in its 8 or 4 bits and widened in registers. Of bfloat16 and many rows, processors with units for
     it multiply the weight rounded to bfloat16; else it is not rounded. Sums are float32, and y is rounded once.
+
+    With input_bits, x is rounded too, and codes are multiplied as integers, which takes a fraction of the instructions:
+    its groups are the weight's (32 numbers for a GgufWeight), each with max |x| / 127 for its scale.
 
     Args:
         x: (..., in_features), float32, bfloat16, float16 or float64; any strides (a dense last dimension is read
@@ -126,19 +134,22 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
             device. There are kernels for GgufWeight on the CPU alone; elsewhere it is dequantised first.
         bias: (out_features,), x's dtype; None for none.
         activation, residual: as `nearpeak.linear` takes them.
+        input_bits: 8, or None to take x as it is.
 
     Returns:
         y, (..., out_features), in x's dtype, contiguous. Under torch.autocast as torch.nn.functional.linear.
-        Gradients reach x, bias and residual.
+        Gradients reach x, bias and residual; that of x as if it were not rounded.
 
     Raises:
         TypeError: a dtype that is not served, or a weight of another type. ValueError: a shape, device or activation
         that does not fit.
 
-    Source: weights in groups, products in floating point, as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323.
+    Sources: weights in groups, products in floating point, as in Frantar et al. 2023, https://arxiv.org/abs/2210.17323;
+    products of integers: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
 
     >>> weight = nearpeak.quantize_weight(torch.randn(2048, 640), bits=8)
     >>> y = nearpeak.quantized_linear(torch.randn(4, 640, dtype=torch.bfloat16), weight)
+    >>> y = nearpeak.quantized_linear(torch.randn(4, 640), weight, input_bits=8)
     """
     if not isinstance(weight, QuantizedWeight | GgufWeight):
         raise TypeError(
@@ -149,32 +160,32 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None):
     if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x, bias = operators.autocast(x), operators.autocast(bias)
         if residual is not None and residual.dtype is not x.dtype:
-            return quantized_linear(x, weight, bias, activation=activation) + residual
+            return quantized_linear(x, weight, bias, activation=activation, input_bits=input_bits) + residual
     if isinstance(weight, GgufWeight):
-        return gguf_linear(x, weight, bias, residual, kind)
-    return _with_codes((x, *weight[:3], bias, weight.bits), residual, kind)
+        return gguf_linear(x, weight, bias, residual, kind, input_bits)
+    return _with_codes((x, *weight[:3], bias, weight.bits), residual, kind, input_bits)
 
 
-def _with_codes(arguments, residual, kind):
+def _with_codes(arguments, residual, kind, input_bits):
     x, bias = arguments[0], arguments[4]
     try:
         if kind is not None or residual is not None:
-            return _with_epilogue(arguments, residual, kind)
+            return _with_epilogue(arguments, residual, kind, input_bits)
         if backends.reference_serves(x, kernels=KERNELS):
-            _check(*arguments)
-            return reference.quantized_linear(*arguments)
+            _check(*arguments, input_bits)
+            return reference.quantized_linear(*arguments, input_bits)
         call = _quantized_linear if operators.wants_gradient(x, bias) else _quantized_linear_inference
-        return call(*arguments)
+        return call(*arguments, input_bits)
     except (AttributeError, IndexError, RuntimeError, TypeError):
-        _check_epilogue(*arguments, residual, kind, False)
+        _check_epilogue(*arguments, residual, kind, False, input_bits)
         raise
 
 
-def _with_epilogue(arguments, residual, kind):
+def _with_epilogue(arguments, residual, kind, input_bits):
     x, bias = arguments[0], arguments[4]
     if backends.reference_serves(x, kernels=KERNELS):
-        _check_epilogue(*arguments, residual, kind, False)
-        return reference.quantized_linear_epilogue(*arguments, residual, kind, False)[0]
+        _check_epilogue(*arguments, residual, kind, False, input_bits)
+        return reference.quantized_linear_epilogue(*arguments, residual, kind, False, input_bits)[0]
     if operators.wants_gradient(x, bias) or operators.wants_gradient(residual):
-        return _epilogue(*arguments, residual, kind, kind is not None)[0]
-    return _epilogue_inference(*arguments, residual, kind, False)[0]
+        return _epilogue(*arguments, residual, kind, kind is not None, input_bits)[0]
+    return _epilogue_inference(*arguments, residual, kind, False, input_bits)[0]

@@ -9,6 +9,7 @@ In float32 (float64 for float64), rounded once at the end.
 from ..activations import NAMES, value
 from ..operators import accumulation_dtype, widened, without_autocast
 from . import gguf_blocks
+from .input_rounding import GROUP_OF_BLOCKS, rounded
 from .weights import dequantized
 
 
@@ -37,20 +38,22 @@ def _followed(x, before, residual, activation, keep):
     return y.to(x.dtype), before.to(x.dtype, copy=True) if keep else x.new_empty(0)
 
 
-def quantized_linear(x, codes, scales, zeros, bias, bits):
-    """y = x W^T + b with W = scale (code - zero); see weights.py."""
-    return linear(x, dequantized(codes, scales, zeros, bits, accumulation_dtype(x.dtype)), bias)
+def quantized_linear(x, codes, scales, zeros, bias, bits, input_bits=None):
+    """y = x W^T + b with W = scale (code - zero), see weights.py, and x perhaps rounded, see input_rounding.py."""
+    return quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, None, None, False, input_bits)[0]
 
 
-def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
+def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep, input_bits=None):
     weight = dequantized(codes, scales, zeros, bits, accumulation_dtype(x.dtype))
-    return linear_epilogue(x, weight, bias, residual, activation, keep)
+    before = _wide_linear(rounded(x, input_bits, x.shape[-1] // scales.shape[1]), weight, bias)
+    return _followed(x, before, residual, activation, keep)
 
 
-def gguf_linear(x, blocks, bias, kind, residual, activation, keep):
-    """linear_epilogue with the weight of GGUF's blocks; see gguf_blocks.py."""
+def gguf_linear(x, blocks, bias, kind, residual, activation, keep, input_bits=None):
+    """quantized_linear_epilogue with the weight of GGUF's blocks; see gguf_blocks.py."""
     weight = gguf_blocks.dequantized(blocks, kind, accumulation_dtype(x.dtype))
-    return linear_epilogue(x, weight, bias, residual, activation, keep)
+    before = _wide_linear(rounded(x, input_bits, GROUP_OF_BLOCKS), weight, bias)
+    return _followed(x, before, residual, activation, keep)
 
 
 def lora_linear(x, weight, lora_a, lora_b, scale, bias, residual, activation, keep):

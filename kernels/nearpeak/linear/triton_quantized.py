@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from .. import triton_launch
+from ..operators import widened
 from ..triton_activations import value_and_slope
 from .epilogue import shapes
+from .input_rounding import rounded
 from .weights import CODE_BLOCK
 
 
@@ -107,14 +109,19 @@ def _forward(
     tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def quantized_linear(x, codes, scales, zeros, bias, bits):
+def quantized_linear(x, codes, scales, zeros, bias, bits, input_bits=None):
     """y = x W^T + bias, (..., out_features), for x (..., in_features)."""
-    return quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, None, None, False)[0]
+    return quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, None, None, False, input_bits)[0]
 
 
-def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep):
-    """y = f(x W^T + bias) + residual, and with `keep` what f is of."""
+def quantized_linear_epilogue(x, codes, scales, zeros, bias, bits, residual, activation, keep, input_bits=None):
+    """y = f(x W^T + bias) + residual, and with `keep` what f is of. x is rounded before, and multiplied in float32."""
     columns, groups = scales.shape
+    if input_bits is not None:
+        wide = rounded(x, input_bits, x.shape[-1] // groups)
+        bias, residual = (None if each is None else widened(each) for each in (bias, residual))
+        found = quantized_linear_epilogue(wide, codes, scales, zeros, bias, bits, residual, activation, keep)
+        return tuple(each.to(x.dtype) for each in found)
     y, before = shapes(x, columns, keep)
     if y.numel() == 0:
         return y, before

@@ -14,6 +14,7 @@ import torch
 
 from ..linear import GgufEmbedding, GgufLinear, GgufWeight
 from ..linear.gguf_file import open_gguf
+from ..linear.input_rounding import check_input_bits
 from . import embeddings, linears
 from .quantization import put
 
@@ -60,17 +61,18 @@ class _Place(NamedTuple):
 
 
 @torch.no_grad()
-def load_gguf(model: torch.nn.Module, path: str | os.PathLike) -> GgufReport:
+def load_gguf(model: torch.nn.Module, path: str | os.PathLike, input_bits: int | None = None) -> GgufReport:
     """Give a transformers model the weights of a GGUF file, in place, without widening its quantised matrices.
 
     torch.nn.Linear modules and embeddings whose matrix the file holds in blocks become `nearpeak.nn.GgufLinear` and
     `nearpeak.nn.GgufEmbedding`, which read the mapped file; a matrix that both share stays shared. Every other
-    parameter becomes what the file holds, in the dtype that it had. The model then runs in that dtype: its activations
-    are not quantised. `nearpeak.patch` serves the rest. Not undone by anything.
+    parameter becomes what the file holds, in the dtype that it had. The model then runs in that dtype; with input_bits
+    its linear layers round their inputs, as llama.cpp's do. `nearpeak.patch` serves the rest. Not undone by anything.
 
     Args:
         model: a transformers model of the file's architecture and sizes, with any weights.
         path: the file; see `nearpeak.read_gguf`. It must not change while the model is in use.
+        input_bits: 8, or None to take inputs as they are; as `nearpeak.quantized_linear` takes it.
 
     Returns:
         what was loaded and how; print it.
@@ -91,6 +93,7 @@ def load_gguf(model: torch.nn.Module, path: str | os.PathLike) -> GgufReport:
             f"model must be a transformers model, not {type(model).__name__}: for others there are nearpeak.read_gguf "
             "and nearpeak.nn.GgufLinear"
         )
+    check_input_bits(input_bits)
     header, tensors = open_gguf(path)
     processor, names = _knowledge_of(model, header.architecture)
     layers, values, in_blocks, as_floats, used = {}, {}, [], [], set()
@@ -98,7 +101,7 @@ def load_gguf(model: torch.nn.Module, path: str | os.PathLike) -> GgufReport:
         source = _source(name, places, names, tensors, header)
         used.add(source)
         tensor = tensors[source]
-        if isinstance(tensor, GgufWeight) and (found := _layers(places, tensor, processor, source)) is not None:
+        if isinstance(tensor, GgufWeight) and (found := _layers(places, tensor, processor, source, input_bits)):
             layers.update(found)
             in_blocks.append(LoadedTensor(name, tensor.kind, tensor.nbytes))
             continue
@@ -153,7 +156,7 @@ def _source(name, places, names, tensors, header):
     raise ValueError(f"the file holds nothing for the model's {name}" + (f": no {sources[0]}" if sources else ""))
 
 
-def _layers(places, weight, processor, source):
+def _layers(places, weight, processor, source, input_bits):
     """The modules that take the places of those that hold a matrix in blocks; None where one cannot."""
     weight = _reordered(weight, processor, source)
     if weight is None:
@@ -163,7 +166,7 @@ def _layers(places, weight, processor, source):
         if attribute != "weight" or parameter.shape != (weight.out_features, weight.in_features):
             return None
         if linears.is_linear(module):
-            layer = GgufLinear(weight, module.bias)
+            layer = GgufLinear(weight, module.bias, input_bits=input_bits)
         elif (scale := embeddings.scale_of(module)) is not None:
             layer = GgufEmbedding(weight, scale, parameter.dtype)
         else:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ..linear import Linear, QuantizedLinear
+from ..linear.input_rounding import check_input_bits
 from ..linear.weights import check_options
 from .linears import is_linear
 
@@ -58,6 +59,7 @@ def quantize(
     symmetric: bool = True,
     skip: Iterable[str] = (),
     samples: Iterable = (),
+    input_bits: int | None = None,
 ) -> QuantizationReport:
     """Replace the torch.nn.Linear modules of a model by `nearpeak.nn.QuantizedLinear`, in place.
 
@@ -73,6 +75,8 @@ def quantize(
         samples: inputs that the model is called with, each a tensor, a tuple of arguments or a mapping of named ones.
             Each layer's scales are then chosen for what they show its input to be (`quantize_weight`'s importance); a
             layer that no sample reaches is rounded as without.
+        input_bits: 8 to round the layers' inputs too, at each call, and multiply integers, which is faster; as
+            `nearpeak.quantized_linear` takes it.
 
     Returns:
         the replaced layers with their errors, and those left alone and why; print it.
@@ -88,6 +92,7 @@ def quantize(
     if isinstance(skip, str):
         raise TypeError(f"skip must be a collection of names, not the string {skip!r}")
     check_options(bits, group_size)
+    check_input_bits(input_bits)
     skip = tuple(skip)
     linears = {name: module for name, module in model.named_modules() if name and _is_linear(module)}
     for pattern in skip:
@@ -100,8 +105,8 @@ def quantize(
             left_alone.append((name, reason))
             continue
         importance = importances.get(module)
-        layer = QuantizedLinear.from_linear(module, bits, group_size, symmetric, importance).train(module.training)
-        layers[module] = layer
+        layer = QuantizedLinear.from_linear(module, bits, group_size, symmetric, importance, input_bits)
+        layers[module] = layer.train(module.training)
         error = _error(module, layer, importance)
         replaced.append(QuantizedLayer(name, error, module.weight.nbytes, layer.weight.nbytes))
     put(model, layers)
