@@ -32,8 +32,8 @@ bool has_avx512() {
 
 bool has_avx512_bf16() {
     unsigned eax, ebx, ecx, edx;
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
-           __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
+    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) &&
+           (eax & (1u << 5));
 }
 
 // Tiles need the operating system's permission, process by process: their 8 KiB of state are saved only if asked.

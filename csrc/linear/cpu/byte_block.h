@@ -78,7 +78,6 @@ class ByteBlockProduct {
           x(arena.take<int32_t>(panels() * chunk_steps * kPanel)),
           x_scales(arena.take(panels() * groups_at_most() * kPanel)),
           less_middle(arena.take<int32_t>(panels() * groups_at_most() * kPanel)),
-          x_codes(arena.take<int8_t>(kPanel * chunk_steps * kElements)),
           left(arena.take<int32_t>(left_rows * left_stride)),
           coefficients(arena.take<ScaleFromZero>(left_rows * groups_at_most())),
           sums(arena.take(panels() * rows() * kPanel)) {}
@@ -103,7 +102,6 @@ class ByteBlockProduct {
     int32_t* const x;
     float* const x_scales;
     int32_t* const less_middle;
-    int8_t* const x_codes;  // of a panel, column by column
     int32_t* const left;
     ScaleFromZero* const coefficients;  // or others, none of them larger
     float* const sums;
@@ -144,49 +142,54 @@ class ByteBlockProduct {
     template <int kMiddle>
     void pack_x(int64_t panel, Range chunk, int64_t group) const {
         const Range columns = columns_of(panel);
-        const int64_t groups = chunk.size() / group, first = panel * groups_at_most() * kPanel;
-        if (columns.size() < kPanel) {
-            std::fill_n(x_codes, kPanel * chunk_steps * kElements, int8_t{0});
-            std::fill_n(x_scales + first, groups * kPanel, 0.0f);
-            std::fill_n(less_middle + first, groups * kPanel, 0);
-        }
-        with_type(p.dtype, [&](auto* t) {
-            using T = std::remove_pointer_t<decltype(t)>;
-            const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
-            for (int64_t i = 0; i < columns.size(); ++i) {
-                quantize_column<kMiddle>(from.row(columns.begin + i) + chunk.begin, chunk.size(), group,
-                                         x_codes + i * chunk_steps * kElements, first + i);
+        const int64_t at = panel * groups_at_most() * kPanel;
+        for (int64_t i = 0; i < kPanel; ++i) {
+            if (i < columns.size()) {
+                pack_groups<kMiddle>(columns.begin + i, chunk, group, at + i);
+            } else {
+                for (int64_t g = 0; g < chunk.size() / group; ++g) {
+                    x_scales[at + i + g * kPanel] = 0.0f;
+                    less_middle[at + i + g * kPanel] = 0;
+                }
             }
-        });
-        transpose_codes(chunk.size(), x + panel * chunk_steps * kPanel);
+        }
+        transpose_codes(columns, chunk, x + panel * chunk_steps * kPanel);
     }
 
     // A group of half a block has x's scale in common with the next one.
-    template <int kMiddle, class T>
-    void quantize_column(const T* from, int64_t count, int64_t group, int8_t* codes, int64_t at) const {
-        const int64_t x_group = p.quantized->group_size();
-        for (int64_t step = 0; step < count; step += x_group) {
-            const float scale = quantize_group(from + step, x_group, codes + step);
-            for (int64_t i = step; i < step + x_group; i += group, at += kPanel) {
-                x_scales[at] = scale;
-                less_middle[at] = -kMiddle * sum_of_codes(codes + i, group);
+    template <int kMiddle>
+    void pack_groups(int64_t column, Range chunk, int64_t group, int64_t at) const {
+        const int x_shift = p.quantized->group_shift;
+        const float* const scales = p.rounded->scales + column * (p.steps >> x_shift);
+        for (int64_t step = chunk.begin; step < chunk.end; step += group, at += kPanel) {
+            x_scales[at] = scales[step >> x_shift];
+            less_middle[at] = -kMiddle * sum_of_codes(p.rounded->codes + column * p.steps + step, group);
+        }
+    }
+
+    // x's codes as steps of 32 bits across the panel: zeros past the last column, and past the last step.
+    void transpose_codes(Range columns, Range chunk, int32_t* to) const {
+        for (int half = 0; half < kPanelVectors; ++half, to += kLanes) {
+            for (int64_t step = chunk.begin; step < chunk.end; step += kLanes * kElements) {
+                Float steps[kLanes];
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    const int64_t column = columns.begin + half * kLanes + lane;
+                    steps[lane] = column < columns.end ? load_codes(column, step) : Float{};
+                }
+                transpose(steps);
+                int32_t* const first = to + (step - chunk.begin) / kElements * kPanel;
+                for (int i = 0; i < kLanes; ++i) store_ints(first + i * kPanel, bitcast<Int>(steps[i]));
             }
         }
     }
 
-    // x_codes as steps of 32 bits across the panel; the last vector of them may hold more than `count`.
-    void transpose_codes(int64_t count, int32_t* to) const {
-        for (int half = 0; half < kPanelVectors; ++half, to += kLanes) {
-            for (int64_t step = 0; step < count / kElements; step += kLanes) {
-                Float steps[kLanes];
-                for (int lane = 0; lane < kLanes; ++lane) {
-                    const int64_t column = half * kLanes + lane;
-                    steps[lane] = ByteStep::load_x(x_codes + (column * chunk_steps + step) * kElements);
-                }
-                transpose(steps);
-                for (int i = 0; i < kLanes; ++i) store_ints(to + (step + i) * kPanel, bitcast<Int>(steps[i]));
-            }
-        }
+    Float load_codes(int64_t column, int64_t step) const {
+        const int8_t* const from = p.rounded->codes + column * p.steps + step;
+        constexpr int64_t kCount = kLanes * kElements;
+        if (step + kCount <= p.steps) return ByteStep::load_x(from);
+        int8_t codes[kCount] = {};
+        std::copy_n(from, p.steps - step, codes);
+        return ByteStep::load_x(codes);
     }
 
     template <class Row, class Each>

@@ -1,8 +1,6 @@
-// y^T = W x^T + b for few rows of x, rounded to 8 bits: one instruction multiplies a block that floats take a dozen
-// for.
+// y^T = W x^T + b for few rows of x in 8 bits: one instruction multiplies a block that floats take a dozen for.
 //
-//     y[m, n] = bias[n] + sum over blocks of x_scale[m, block] * scale[n, block] * sum over k of number[n, k] code[m,
-//     k]
+//     y[m, n] = bias[n] + sum over blocks of scale[n, block] x_scale[m, block] * sum over k of number[n, k] code[m, k]
 #pragma once
 
 #include "byte_x.h"
@@ -34,7 +32,17 @@ class ByteX {
 
     template <class Row>
     void prepare() {
-        with_type(p.dtype, [&](auto* t) { quantize<Row::kMiddle, std::remove_pointer_t<decltype(t)>>(); });
+        const int group_shift = p.quantized->group_shift, blocks_shift = group_shift - kBlockShift;
+        const int64_t groups = p.steps >> group_shift;
+        for (int64_t column = 0; column < p.columns; ++column) {
+            for (int64_t block = 0; block < p.steps / kCodeBlock; ++block) {
+                const int8_t* const at = p.rounded->codes + column * p.steps + block * kCodeBlock;
+                const float scale = p.rounded->scales[column * groups + (block >> blocks_shift)];
+                const SignedBytes codes = load_block(at);
+                blocks.set(column, block, {codes, less_middle_of<Row::kMiddle>(codes), scale},
+                           Row::kHasShifts ? scale * static_cast<float>(sum_of_codes(at, kCodeBlock)) : 0.0f);
+            }
+        }
     }
 
     // Adds a block, the unit's number i.
@@ -62,23 +70,6 @@ class ByteX {
 
   private:
     const Product& p;
-
-    template <int kMiddle, class T>
-    void quantize() const {
-        const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
-        const int64_t size = p.quantized->group_size();
-        for (int64_t column = 0; column < p.columns; ++column) {
-            for (int64_t step = 0; step < p.steps; step += size) {
-                int8_t group[kMostGroup];
-                const float scale = quantize_group(from.row(column) + step, size, group);
-                for (int64_t i = 0; i < size; i += kCodeBlock) {
-                    const SignedBytes codes = load_block(group + i);
-                    blocks.set(column, (step + i) / kCodeBlock, {codes, less_middle_of<kMiddle>(codes), scale},
-                               scale * static_cast<float>(sum_of_codes(group + i, kCodeBlock)));
-                }
-            }
-        }
-    }
 };
 
 }  // namespace nearpeak::linear::NEARPEAK_ISA

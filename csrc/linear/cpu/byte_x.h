@@ -12,9 +12,6 @@ namespace nearpeak::linear::NEARPEAK_ISA {
 
 constexpr float kMostCode = 127.0f;
 
-// Of steps, at most.
-constexpr int64_t kMostGroup = 128;
-
 using CodeLanes = int8_t __attribute__((vector_size(kLanes)));
 
 // -127 to 127. Added to 1.5 * 2^23, a number's units are the lowest bit.
@@ -25,7 +22,7 @@ inline CodeLanes rounded_codes(Float x, float factor) {
 
 // Codes of `count` steps, whole blocks; returns their scale.
 template <class T>
-float quantize_group(const T* x, int64_t count, int8_t* codes) {
+float round_group(const T* x, int64_t count, int8_t* codes) {
     Float most{};
     Int is_finite = ~Int{};
     for (int64_t step = 0; step < count; step += kLanes) {
@@ -43,6 +40,20 @@ float quantize_group(const T* x, int64_t count, int8_t* codes) {
     }
     if (any(~is_finite)) return std::numeric_limits<float>::quiet_NaN();
     return largest >= kLeast ? largest / kMostCode : 0.0f;
+}
+
+inline void round_x(const Product& p, int64_t begin, int64_t end) {
+    with_type(p.dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
+        const int64_t group = p.quantized->group_size(), groups = p.steps / group;
+        for (int64_t row = begin; row < end; ++row) {
+            for (int64_t i = 0; i < groups; ++i) {
+                int8_t* const codes = p.rounded->codes + row * p.steps + i * group;
+                p.rounded->scales[row * groups + i] = round_group(from.row(row) + i * group, group, codes);
+            }
+        }
+    });
 }
 
 // What makes weights of numbers of a block, of its second half, or of the group that it lies in.

@@ -71,6 +71,6 @@ void few_columns(const Product& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const Kernels kernels = {scratch, multiply, most_few_columns, few_columns_scratch, few_columns};
+const Kernels kernels = {scratch, multiply, most_few_columns, few_columns_scratch, few_columns, nullptr};
 
 }  // namespace nearpeak::linear::NEARPEAK_ISA

@@ -33,7 +33,6 @@ struct Quantized {
     const float* scales;   // or null
     const uint8_t* zeros;  // or null
     int group_shift;       // log2 of the steps of a group, which divide all steps; of blocks: kBlockShift
-    bool rounds_x;         // whether x is rounded to 8 bits, in groups like the weight's (byte_x.h)
 
     int64_t group_size() const { return int64_t{1} << group_shift; }
 };
@@ -47,6 +46,13 @@ constexpr int64_t kCodeBlock = 1 << kBlockShift;
 //     d_x  = d_y W       d_y             weight                      out_features
 //     d_W  = d_y^T x     d_y, transposed x                           rows of x
 //
+// With a quantised weight x may be rounded to 8 bits, in groups like the weight's (byte_x.h): its rows follow one
+// another.
+struct RoundedX {
+    int8_t* codes;
+    float* scales;
+};
+
 // A second pair of factors, of a few steps, may be added to the sums: a low-rank update of the weight.
 //
 // Forward computes y^T: elements of `left` are broadcast, and so the weight, the largest of the three, need not be
@@ -61,7 +67,8 @@ struct Product {
     const void* left;            // or null, where there is
     const Quantized* quantized;  // a quantised one, or null
     const void* right;
-    const void* bias;  // or null
+    const RoundedX* rounded;  // what it is rounded to, or null
+    const void* bias;         // or null
     void* out;
     Matrix left_matrix, right_matrix, out_matrix;
     int64_t rows, columns, steps;
@@ -98,6 +105,9 @@ struct Kernels {
     int64_t (*most_few_columns)(const Product&);
     int64_t (*few_columns_scratch)(const Product&);
     void (*few_columns)(const Product&, int64_t begin, int64_t end, float* scratch);
+
+    // Writes rows [begin, end) of `rounded`. Null where weights are not quantised.
+    void (*round_x)(const Product&, int64_t begin, int64_t end);
 };
 
 // Those of products with a quantised weight have a table of their own.

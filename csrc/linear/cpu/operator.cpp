@@ -1,5 +1,6 @@
 // The CPU kernels of the operators that kernels/nearpeak/linear/operator.py defines: cuts a product into blocks.
 
+#include <memory>
 #include <tuple>
 
 #include "../../cpu/scratch.h"
@@ -21,6 +22,8 @@ constexpr int64_t kTasksPerThread = 2;
 constexpr int64_t kRowUnit = 32, kBlockRows = 768;
 // Columns of a block at least, where there are as many: fewer would not pay for packing the rows.
 constexpr int64_t kMinBlockColumns = 64;
+// Numbers of x that are worth a task, where it is rounded.
+constexpr int64_t kRoundedPerTask = int64_t{1} << 14;
 
 // How many tasks a product should be cut into.
 int64_t tasks_wanted(const Product& p) {
@@ -76,17 +79,43 @@ Tensor empty_with_width(const Tensor& like, int64_t width) {
 
 Rows contiguous_rows(int64_t width) { return {1, width, 0}; }
 
-void run(Product& p, const RowsOf& right, const Tensor& out) {
+// Rounds x, and calls what needs it so.
+template <class Function>
+void with_rounded_x(Product& p, const Kernels& kernels, Function function) {
+    const int64_t size = p.columns * p.steps;
+    const auto codes = std::unique_ptr<int8_t[]>(new int8_t[size]);
+    const auto scales = std::unique_ptr<float[]>(new float[size >> p.quantized->group_shift]);
+    const RoundedX rounded{codes.get(), scales.get()};
+    p.rounded = &rounded;
+    const int64_t rows = std::max<int64_t>(1, kRoundedPerTask / p.steps);
+    if (p.columns <= rows) {
+        kernels.round_x(p, 0, p.columns);
+    } else {
+        parallel_tasks(divide_up(p.columns, rows), [&](int64_t index) {
+            kernels.round_x(p, index * rows, std::min((index + 1) * rows, p.columns));
+        });
+    }
+    function();
+}
+
+void run(Product& p, const RowsOf& right, const Tensor& out, bool rounds_x = false) {
     p.right = right.data();
     p.right_matrix.rows = right.rows;
     p.out = out.mutable_data_ptr();
     p.out_matrix.rows = contiguous_rows(out.sizes().back());
     p.dtype = dtype_of(out);
     const Kernels& kernels = *(p.quantized ? kQuantizedKernels : kKernels)[selected_isa()];
-    if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p)) {
-        run_few_columns(p, kernels);
+    const auto multiply = [&] {
+        if (p.out_matrix.transposed && p.columns <= kernels.most_few_columns(p)) {
+            run_few_columns(p, kernels);
+        } else {
+            run_blocks(p, kernels);
+        }
+    };
+    if (rounds_x) {
+        with_rounded_x(p, kernels, multiply);
     } else {
-        run_blocks(p, kernels);
+        multiply();
     }
 }
 
@@ -195,14 +224,14 @@ bool is_quantized_weight_of(const Tensor& codes, const Tensor& scales, const std
 }
 
 Tensor run_quantized_linear(const Tensor& x, const Quantized& weight, int64_t features,
-                            const std::optional<Tensor>& bias, const Epilogue* epilogue) {
+                            const std::optional<Tensor>& bias, bool rounds_x, const Epilogue* epilogue) {
     Tensor y = empty_with_width(x, features);
     if (y.numel() == 0) return y;
     const std::optional<Tensor> dense_bias = made_dense(bias);
     Product p = forward_product(features, x.sizes().back(), x, dense_bias);
     p.quantized = &weight;
     if (epilogue) epilogue->add_to(p);
-    run(p, RowsOf(x), y);
+    run(p, RowsOf(x), y, rounds_x);
     return y;
 }
 
@@ -217,9 +246,8 @@ Tensor run_with_codes(const Tensor& x, const Tensor& codes, const Tensor& scales
         static_cast<const float*>(dense_scales.const_data_ptr()),
         dense_zeros ? static_cast<const uint8_t*>(dense_zeros->const_data_ptr()) : nullptr,
         __builtin_ctzll(x.sizes().back() / scales.size(1)),
-        input_bits.has_value(),
     };
-    return run_quantized_linear(x, weight, codes.size(0), bias, epilogue);
+    return run_quantized_linear(x, weight, codes.size(0), bias, input_bits.has_value(), epilogue);
 }
 
 bool is_quantized_linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& zeros,
@@ -280,11 +308,10 @@ std::tuple<Tensor, Tensor> gguf_linear(const Tensor& x, const Tensor& blocks, co
                 input_bits.value_or(8) == 8,
             "gguf_linear");
     const Tensor dense = made_contiguous(blocks);
-    const Quantized weight{type->format, static_cast<const uint8_t*>(dense.const_data_ptr()),
-                           nullptr,      nullptr,
-                           kBlockShift,  input_bits.has_value()};
+    const auto* const bytes = static_cast<const uint8_t*>(dense.const_data_ptr());
+    const Quantized weight{type->format, bytes, nullptr, nullptr, kBlockShift};
     const Epilogue epilogue(x, blocks.size(0), residual, activation, keep);
-    return {run_quantized_linear(x, weight, blocks.size(0), bias, &epilogue), epilogue.before};
+    return {run_quantized_linear(x, weight, blocks.size(0), bias, input_bits.has_value(), &epilogue), epilogue.before};
 }
 
 bool is_weight_before(const Tensor& weight, const Tensor& grad) {

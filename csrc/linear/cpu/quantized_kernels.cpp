@@ -11,7 +11,7 @@ namespace nearpeak::linear::NEARPEAK_ISA {
 namespace {
 
 int64_t most_few_columns(const Product& p) {
-    if (p.quantized->rounds_x) return kFewByteColumns;
+    if (p.rounded) return kFewByteColumns;
     const int64_t most = p.dtype == Dtype::bfloat16 ? kFewQuantizedColumns<bfloat16> : kFewQuantizedColumns<float>;
     return p.columns <= most && FloatX::serves(p) ? most : 0;
 }
@@ -20,7 +20,7 @@ int64_t most_few_columns(const Product& p) {
 template <class Function>
 void with_product(const Product& p, const Block& block, float* scratch, Function function) {
     Arena arena(scratch);
-    if (p.quantized->rounds_x) {
+    if (p.rounded) {
         ByteBlockProduct product(p, block, arena);
         return function(product, arena);
     }
@@ -44,7 +44,7 @@ void multiply(const Product& p, const Block& block, float* scratch) {
 template <class Function>
 void with_few_columns(const Product& p, float* scratch, Function function) {
     Arena arena(scratch);
-    if (p.quantized->rounds_x) {
+    if (p.rounded) {
         QuantizedColumns<ByteX> columns(p, arena);
         function(columns, arena);
     } else {
@@ -65,6 +65,6 @@ void few_columns(const Product& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const Kernels quantized_kernels = {scratch, multiply, most_few_columns, few_columns_scratch, few_columns};
+const Kernels quantized_kernels = {scratch, multiply, most_few_columns, few_columns_scratch, few_columns, round_x};
 
 }  // namespace nearpeak::linear::NEARPEAK_ISA

@@ -20,6 +20,7 @@ else:
     triton_kernels = None
 
 KERNELS = backends.WITHOUT_CUDA
+WEIGHTS = (QuantizedWeight, GgufWeight)
 
 
 def _check_part(name, tensor, dtype, shape, x):
@@ -151,19 +152,24 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None, in
     >>> y = nearpeak.quantized_linear(torch.randn(4, 640, dtype=torch.bfloat16), weight)
     >>> y = nearpeak.quantized_linear(torch.randn(4, 640), weight, input_bits=8)
     """
-    if not isinstance(weight, QuantizedWeight | GgufWeight):
+    if not isinstance(weight, WEIGHTS):
         raise TypeError(
             f"weight must be a nearpeak.QuantizedWeight or nearpeak.GgufWeight, not {type(weight).__name__}"
         )
-    kind = epilogue.kind_of(activation)
-    check_floating("x", x)
-    if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+    kind = None if activation is None else epilogue.kind_of(activation)
+    if isinstance(x, torch.Tensor) and _autocasts(x):
         x, bias = operators.autocast(x), operators.autocast(bias)
         if residual is not None and residual.dtype is not x.dtype:
             return quantized_linear(x, weight, bias, activation=activation, input_bits=input_bits) + residual
     if isinstance(weight, GgufWeight):
         return gguf_linear(x, weight, bias, residual, kind, input_bits)
     return _with_codes((x, *weight[:3], bias, weight.bits), residual, kind, input_bits)
+
+
+def _autocasts(x):
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def _with_codes(arguments, residual, kind, input_bits):
