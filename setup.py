@@ -1,4 +1,4 @@
-"""Builds the C++ extension: the operators once, and every family's kernels once per instruction set.
+"""Builds the C++ extension: the operators once, and every family's kernels (*kernels.cpp) once per instruction set.
 
 Each instruction set's kernels live in a namespace of its name and are chosen when the library loads, so one wheel runs
 on every processor of its architecture. Where there is no compiler the package is installed without the extension, and

@@ -37,11 +37,15 @@ OPERATORS: list["Operator"] = []
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least that one call must do: floating point operations, elements read and elements written."""
+    """The least that one call must do: operations, elements read and elements written.
+
+    arithmetic: what the operations are on, if not the case's dtype: "int8"
+    """
 
     flops: float
     read: float
     written: float
+    arithmetic: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,10 @@ GEMMA = [("Q5_0", 640, 2048), ("Q4_K", 2048, 640), ("Q6_K", 2048, 640), ("Q8_0",
 LLAMA = [("Q4_K", 4096, 14336), ("Q6_K", 14336, 4096), ("Q4_0", 4096, 4096), ("Q5_K", 4096, 4096)]
 ROWS = [1, 16, 512]
 QUICK = {
-    torch.float32: [(1, "Q5_0", 640), (1, "Q4_K", 4096), (1, "Q6_K", 14336), (1, "Q8_0", 640), (16, "Q4_K", 2048)],
-    torch.bfloat16: [(1, "Q4_K", 4096)],
+    (torch.float32, None): [(1, "Q5_0", 640), (1, "Q4_K", 4096), (1, "Q6_K", 14336), (1, "Q8_0", 640)],
+    (torch.bfloat16, None): [(1, "Q4_K", 4096)],
+    (torch.float32, 8): [(1, "Q4_K", 4096), (1, "Q8_0", 640), (16, "Q4_K", 2048)],
+    (torch.bfloat16, 8): [],
 }
 
 
@@ -46,7 +48,8 @@ def _operator(itemsize, input_bits):
 
     def work(rows, inputs, outputs, kind):
         weight = outputs * inputs * TYPES[kind].bytes / TYPES[kind].weights
-        return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs)
+        arithmetic = "int8" if input_bits else None
+        return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs, arithmetic)
 
     def exact(x, blocks, kind):
         return reference.gguf_linear(x, blocks, None, TYPES[kind].number, None, None, False, input_bits)[0]
@@ -100,7 +103,7 @@ def _cases():
                     if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
                         parameters = {"rows": rows, "inputs": inputs, "outputs": outputs, "kind": kind}
                         operator = OPERATORS[dtype.itemsize, input_bits]
-                        yield Case(operator, parameters, dtype, quick=(rows, kind, inputs) in QUICK[dtype])
+                        yield Case(operator, parameters, dtype, quick=(rows, kind, inputs) in QUICK[dtype, input_bits])
 
 
 CASES = list(_cases())

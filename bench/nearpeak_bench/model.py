@@ -187,11 +187,12 @@ def _measure(bench: Bench, names: tuple[str, str, str], unit: str, items: int, w
     return Measurement(*names, unit, items, unpatched, patched, ratio(unpatched, patched), limit, *memory)
 
 
-def _compare(measurement: Measurement, plain, served, exact) -> None:
-    """Fill in how far two results are from each other and from float64."""
+def _compare(measurement: Measurement, plain, served, exact, judge: bool = True) -> None:
+    """Fill in how far two results are from each other and from float64; judge: and whether that is too far."""
     measurement.largest_difference = float((served.double() - plain.double()).abs().max())
     measurement.unpatched_error, measurement.patched_error = errors(plain, exact), errors(served, exact)
-    measurement.verdict = why_inexact(served, plain, exact)
+    if judge:
+        measurement.verdict = why_inexact(served, plain, exact)
 
 
 def _peak_memory(call: Callable) -> int | None:
@@ -261,7 +262,9 @@ def _texts(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _prefill_and_decode(bench: Bench, name: str, pair: dict, prompt, texts, exact) -> Iterator[Measurement]:
     measurement = _prefill(bench, name, pair, prompt)
-    _compare(measurement, *(_last_logits(model, texts) for model in pair.values()), exact)
+    logits = [_last_logits(model, texts) for model in pair.values()]
+    # Inputs are rounded because somebody chose to.
+    _compare(measurement, *logits, exact, judge=_arithmetic(pair["patched"]) is None)
     yield measurement
     yield _decode(bench, name, pair, prompt[:, :DECODE_PROMPT_TOKENS])
 
@@ -271,6 +274,11 @@ def _elements_read(model) -> float:
     blocks = {module.blocks.data_ptr(): module.blocks for module in model.modules() if hasattr(module, "blocks")}
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *blocks.values()))
     return size / model.dtype.itemsize
+
+
+def _arithmetic(model) -> str | None:
+    """What most of the model's products are of, where it is not its dtype."""
+    return "int8" if any(getattr(module, "input_bits", None) for module in model.modules()) else None
 
 
 def _dtype_of(model: torch.nn.Module) -> str:
@@ -288,7 +296,8 @@ def _prefill(bench: Bench, name: str, pair: dict, prompt: torch.Tensor) -> Measu
     # Causal attention: two products of half of tokens x tokens x head_dim a head (the window is as long as the prompt).
     attention = 2 * tokens**2 * config.head_dim * config.num_attention_heads * config.num_hidden_layers
     head = 2 * config.vocab_size * config.hidden_size
-    work = Work(2 * layers * tokens + attention + head, _elements_read(pair["patched"]), 0)
+    flops = 2 * layers * tokens + attention + head
+    work = Work(flops, _elements_read(pair["patched"]), 0, _arithmetic(pair["patched"]))
     calls = {of: lambda model=model: _last_logits(model, prompt, 1) for of, model in pair.items()}
     names = (name, f"prefill {tokens}", _dtype_of(pair["unpatched"]))
     return _measure(bench, names, "tok/s", tokens, work, calls)
@@ -296,7 +305,8 @@ def _prefill(bench: Bench, name: str, pair: dict, prompt: torch.Tensor) -> Measu
 
 def _decode(bench: Bench, name: str, pair: dict, prompt: torch.Tensor) -> Measurement:
     parameters = sum(p.numel() for p in pair["unpatched"].parameters())
-    work = Work(2 * parameters * DECODE_TOKENS, _elements_read(pair["patched"]) * DECODE_TOKENS, 0)
+    read = _elements_read(pair["patched"]) * DECODE_TOKENS
+    work = Work(2 * parameters * DECODE_TOKENS, read, 0, _arithmetic(pair["patched"]))
     calls = {}
     for of, model in pair.items():
         cache, token = _started(model, prompt)

@@ -26,7 +26,7 @@ MATMUL_SECONDS = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """FLOP/s by dtype name; bytes/s by footprint in bytes, a copy counting what it reads and what it writes."""
+    """Operations per second by dtype name; bytes/s by footprint in bytes, a copy counting what it reads and writes."""
 
     multiply_add: dict[str, float]
     copy: dict[int, float]
@@ -35,7 +35,7 @@ class Peaks:
     def limit(self, work: Work, dtype: torch.dtype, cold: bool = False) -> tuple[float, str]:
         """The least seconds that `work` can take here, and what binds it: "compute" or "memory". cold: it finds nothing
         in a cache, so that memory's bandwidth holds however few its bytes are."""
-        compute = work.flops / self.multiply_add[_name(dtype)]
+        compute = work.flops / self.multiply_add[work.arithmetic or _name(dtype)]
         read, written = work.read * dtype.itemsize, work.written * dtype.itemsize
         # As much is read as is written at the rate of a copy, and what is read beyond that at the rate of reading.
         copied = 2 * min(read, written)
@@ -61,6 +61,10 @@ def _native(name: str, argument: object, kind: type) -> float:
         return 0.0
     function.restype, function.argtypes = ctypes.c_double, [kind]
     return function(argument)
+
+
+def _native_multiply_add(name: str) -> float:
+    return _native("nearpeak_peak_multiply_add", name.encode(), ctypes.c_char_p)
 
 
 def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -95,10 +99,11 @@ def measure(device: torch.device, progress: Callable[[str], None] = lambda what:
     multiply_add, copy, read = {}, {}, {}
     for dtype in DTYPES:
         progress(f"peak multiply-add rate, {_name(dtype)}")
-        native = _native("nearpeak_peak_multiply_add", _name(dtype).encode(), ctypes.c_char_p) if on_cpu else 0.0
+        native = _native_multiply_add(_name(dtype)) if on_cpu else 0.0
         multiply_add[_name(dtype)] = max(native, _matmul_rate(dtype, device))
     # Narrow types can always be widened, so their peak is float32's at least, even where torch's matmul is naive.
     multiply_add = {name: max(rate, multiply_add["float32"]) for name, rate in multiply_add.items()}
+    multiply_add["int8"] = max(*multiply_add.values(), _native_multiply_add("int8") if on_cpu else 0.0)
     for footprint in FOOTPRINTS:
         progress(f"bandwidth at {footprint // 1024} KiB")
         copy[footprint], read[footprint] = _bandwidth(footprint, device)

@@ -25,8 +25,10 @@ BITS = [8, 4]
 
 # (rows, in_features, out_features)
 QUICK = {
-    torch.float32: [(1, 640, 2048), (1, 4096, 14336), (512, 640, 2048)],
-    torch.bfloat16: [(1, 4096, 14336)],
+    (torch.float32, None): [(1, 640, 2048), (1, 4096, 14336), (512, 640, 2048)],
+    (torch.bfloat16, None): [(1, 4096, 14336)],
+    (torch.float32, 8): [(1, 4096, 14336), (512, 640, 2048)],
+    (torch.bfloat16, 8): [],
 }
 
 # Multiply-adds of a case in 16 bits at most: where the processor has no units for it, torch's loop takes seconds.
@@ -51,7 +53,8 @@ def _operator(bits, itemsize, input_bits):
 
     def work(rows, inputs, outputs, bits):
         weight = outputs * (inputs * bits / 8 + inputs / GROUP_SIZE * 4)
-        return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs)
+        arithmetic = "int8" if input_bits else None
+        return Work(2 * rows * inputs * outputs, rows * inputs + weight / itemsize, rows * outputs, arithmetic)
 
     def exact(x, codes, scales, bits):
         return reference.quantized_linear(x, codes, scales, None, None, bits, input_bits)
@@ -122,7 +125,9 @@ def _cases():
                     if dtype is torch.float32 or rows * inputs * outputs <= MOST_NAIVE:
                         parameters = {"rows": rows, "inputs": inputs, "outputs": outputs, "bits": bits}
                         operator = OPERATORS[bits, dtype.itemsize, input_bits]
-                        yield Case(operator, parameters, dtype, quick=(rows, inputs, outputs) in QUICK[dtype])
+                        yield Case(
+                            operator, parameters, dtype, quick=(rows, inputs, outputs) in QUICK[dtype, input_bits]
+                        )
 
 
 CASES = list(_cases())

@@ -6,7 +6,7 @@
 // results of the row.
 #pragma once
 
-#include "byte_products.h"
+#include "row_of_numbers.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 

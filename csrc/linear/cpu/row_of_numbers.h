@@ -20,17 +20,16 @@
 // 4 bits; in float32 their sums err three times as much as those of dequantised weights.
 #pragma once
 
+#include "../../cpu/bytes.h"
 #include "pack.h"
 
 namespace nearpeak::linear::NEARPEAK_ISA {
 
 constexpr int kBlockVectors = static_cast<int>(kCodeBlock) / kLanes;
 
-using SignedBytes = int8_t __attribute__((vector_size(kCodeBlock)));
-using UnsignedBytes = uint8_t __attribute__((vector_size(kCodeBlock)));
+static_assert(kCodeBlock == kBlockBytes);
 using Words = uint16_t __attribute__((vector_size(kCodeBlock)));
 using Eight = float __attribute__((vector_size(kCodeBlock)));
-using EightInts = int32_t __attribute__((vector_size(kCodeBlock)));
 
 inline Eight to_floats(EightInts value) { return __builtin_convertvector(value, Eight); }
 
@@ -43,12 +42,6 @@ inline Float in_lanes_of(Eight sum) {
 #else
     return __builtin_shufflevector(sum, sum, 0, 1, 2, 3) + __builtin_shufflevector(sum, sum, 4, 5, 6, 7);
 #endif
-}
-
-inline UnsignedBytes load_block(const uint8_t* from) {
-    UnsignedBytes bytes;
-    std::memcpy(&bytes, from, sizeof(bytes));
-    return bytes;
 }
 
 // Every byte's bits from `shift` on, in its lowest places; above them, rubbish.

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "../../cpu/bytes.h"
 #include "../../cpu/past_cache.h"
 #include "../../cpu/register_tiles.h"
 #include "../../cpu/tiles.h"
@@ -54,6 +55,36 @@ double multiply_add(Dtype dtype, int64_t rounds) {
     return multiply_add_vectors<Singles>(rounds);
 }
 
+// Of the unit that is the fastest: VNNI, else products of bytes in pairs.
+double multiply_add_bytes(int64_t rounds) {
+    constexpr int kChains = 12;
+    volatile int unknown = 1;
+    volatile int sink;
+#ifdef __AVX512VNNI__
+    using Sums = Int;
+    const Int a = broadcast(int32_t{unknown}), b = broadcast(int32_t{unknown});
+    const auto multiply_add = [&](Sums sums) { return ByteStep::multiply_add(a, b, sums); };
+#else
+    using Sums = EightInts;
+    UnsignedBytes a = UnsignedBytes{} + static_cast<uint8_t>(unknown);
+    const SignedBytes b = SignedBytes{} + static_cast<int8_t>(unknown);
+    const auto multiply_add = [&](Sums sums) {
+        asm volatile("" : "+m"(a));  // else their product would be taken once
+        return dot<8>(a, b, sums);
+    };
+#endif
+    Sums sums[kChains];
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] = Sums{} + chain;
+    for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+        for (int chain = 0; chain < kChains; ++chain) sums[chain] = multiply_add(sums[chain]);
+    }
+    for (int chain = 1; chain < kChains; ++chain) sums[0] += sums[chain];
+    sink = sums[0][0];
+    (void)sink;
+    return 2.0 * sizeof(Sums) * kChains * static_cast<double>(rounds);
+}
+
 float read(const float* from, int64_t count) {
     constexpr int kChains = 8;
     Float sums[kChains] = {};
@@ -69,6 +100,6 @@ void copy(const float* from, float* to, int64_t count) {
 
 }  // namespace
 
-const Kernels kernels = {multiply_add, read, copy};
+const Kernels kernels = {multiply_add, multiply_add_bytes, read, copy};
 
 }  // namespace nearpeak::peaks::NEARPEAK_ISA

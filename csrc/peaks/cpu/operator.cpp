@@ -57,12 +57,13 @@ void share(int64_t floats, const Body& body) {
 
 extern "C" {
 
-// Operations per second in `dtype`, two per multiply-add.
+// Operations per second in `dtype`, two per multiply-add; of "int8", of bytes.
 __attribute__((visibility("default"))) double nearpeak_peak_multiply_add(const char* dtype_name) {
     using namespace nearpeak;
     const Dtype dtype = std::strcmp(dtype_name, "bfloat16") == 0  ? Dtype::bfloat16
                         : std::strcmp(dtype_name, "float16") == 0 ? Dtype::float16
                                                                   : Dtype::float32;
+    const bool bytes = std::strcmp(dtype_name, "int8") == 0;
     constexpr int64_t kRounds = 2000000;
     const auto* kernels = peaks::kKernels[selected_isa()];
     const int64_t threads = torch::stable::get_num_threads();
@@ -70,7 +71,8 @@ __attribute__((visibility("default"))) double nearpeak_peak_multiply_add(const c
         std::atomic<int64_t> operations{0};
         torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
-                operations += static_cast<int64_t>(kernels->multiply_add(dtype, kRounds));
+                operations += static_cast<int64_t>(bytes ? kernels->multiply_add_bytes(kRounds)
+                                                         : kernels->multiply_add(dtype, kRounds));
         });
         return static_cast<double>(operations);
     });

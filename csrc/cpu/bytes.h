@@ -1,14 +1,20 @@
-// Products of a weight's codes with x in 8 bits. Integers: they are exact, whatever the instruction set.
+// Products of bytes: of a weight's codes with x in 8 bits. Integers: they are exact, whatever the instruction set.
 //
 // A code is an unsigned byte, of which kMiddle stands for zero; x is a byte with a sign, not -128.
 #pragma once
 
-#include "row_of_numbers.h"
+#include "vector.h"
 
-namespace nearpeak::linear::NEARPEAK_ISA {
+namespace nearpeak::NEARPEAK_ISA {
+
+// A block of bytes, and its sums, four steps a lane.
+constexpr int kBlockBytes = 32;
+using SignedBytes = int8_t __attribute__((vector_size(kBlockBytes)));
+using UnsignedBytes = uint8_t __attribute__((vector_size(kBlockBytes)));
+using EightInts = int32_t __attribute__((vector_size(kBlockBytes)));
 
 using Shorts = int16_t __attribute__((vector_size(4 * kLanes)));
-using BlockOfShorts = int16_t __attribute__((vector_size(2 * kCodeBlock)));
+using BlockOfShorts = int16_t __attribute__((vector_size(2 * kBlockBytes)));
 
 inline Int load_ints(const int32_t* from) {
     Int value;
@@ -17,6 +23,11 @@ inline Int load_ints(const int32_t* from) {
 }
 inline void store_ints(int32_t* to, Int value) { std::memcpy(to, &value, sizeof(value)); }
 
+inline UnsignedBytes load_block(const uint8_t* from) {
+    UnsignedBytes bytes;
+    std::memcpy(&bytes, from, sizeof(bytes));
+    return bytes;
+}
 inline SignedBytes load_block(const int8_t* from) {
     return bitcast<SignedBytes>(load_block(reinterpret_cast<const uint8_t*>(from)));
 }
@@ -41,7 +52,7 @@ inline EightInts dot(UnsignedBytes codes, SignedBytes x, EightInts less_middle) 
                     reinterpret_cast<SignedBytes>(_mm256_sign_epi8(reinterpret_cast<__m256i>(x), numbers)));
     }
 #else
-    for (int step = 0; step < kCodeBlock; ++step) less_middle[step / 4] += codes[step] * x[step];
+    for (int step = 0; step < kBlockBytes; ++step) less_middle[step / 4] += codes[step] * x[step];
     return less_middle;
 #endif
 }
@@ -96,4 +107,4 @@ struct ByteStep {
 };
 #endif
 
-}  // namespace nearpeak::linear::NEARPEAK_ISA
+}  // namespace nearpeak::NEARPEAK_ISA
