@@ -20,7 +20,7 @@ from .cases import Work
 from .timing import best_seconds, clock_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FOOTPRINTS = tuple(2**power for power in (15, 17, 19, 21, 23, 25, 27, 28))
+FOOTPRINTS = tuple(2**power for power in (15, 17, 19, 21, 23, 25, 26, 27, 28))
 MATMUL_SECONDS = 0.02
 
 
