@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import nearpeak
-import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from draws import DRAWS, assert_as_exact, standards
 from gguf_blocks import K_TYPES, one_by_one, random_blocks
 from inputs import DTYPES, EXAMPLES, every_second, for_all, misaligned, padded, randn
 from nearpeak.linear.gguf_blocks import TYPES, dequantized
+from quantized_layers import followed, gradients
 
 
 class Case(NamedTuple):
@@ -61,20 +61,15 @@ def draws_of(case, dtype, count=DRAWS):
     return [inputs_of(case._replace(seed=case.seed + 10 * draw), dtype) for draw in range(count)]
 
 
-def _followed(y, residual, activation):
-    y = F.silu(y) if activation else y
-    return y if residual is None else y + residual
-
-
 def dequantized_first(x, weight, bias, residual, activation):
     """What users have without a kernel."""
-    return _followed(F.linear(x, weight.dequantize(x.dtype), bias), residual, activation)
+    return followed(F.linear(x, weight.dequantize(x.dtype), bias), residual, activation)
 
 
 def exact(x, weight, bias, residual, activation):
     x, bias, residual = (None if t is None else t.double() for t in (x, bias, residual))
     wide = dequantized(weight.blocks, TYPES[weight.kind].number, torch.float64)
-    return _followed(F.linear(x, wide, bias), residual, activation)
+    return followed(F.linear(x, wide, bias), residual, activation)
 
 
 def served(x, weight, bias, residual, activation):
@@ -123,20 +118,8 @@ def test_gradients_are_those_of_the_dequantised_weight(serving, dtype, activatio
     case = Case("Q4_K", rows=(20,), residual=True, activation=activation)
     draws = draws_of(case, dtype)
     grads = [(randn(20, 21, dtype=dtype, seed=draw),) for draw in range(len(draws))]
-
-    def gradients(function, double=False):
-        found = []
-        for (x, weight, bias, residual, _), grad in zip(draws, grads, strict=True):
-            inputs, upstream = (plain.doubled(t) if double else t for t in ((x, bias, residual), grad))
-            found.append(
-                plain.value_and_gradients(lambda x, b, r, w=weight: function(x, w, b, r, activation), inputs, upstream)[
-                    1:
-                ]
-            )
-        return found
-
-    plains, exacts = gradients(dequantized_first), gradients(exact, double=True)
-    assert_as_exact(gradients(served), standards([plains], exacts))
+    plains, exacts = gradients(dequantized_first, draws, grads), gradients(exact, draws, grads, double=True)
+    assert_as_exact(gradients(served, draws, grads), standards([plains], exacts))
 
 
 LAYOUTS = {"every_second": every_second, "misaligned": misaligned, "padded": padded}

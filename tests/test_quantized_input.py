@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import hypothesis.strategies as st
 import nearpeak
-import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from nearpeak.linear import gguf_blocks
 from nearpeak.linear.gguf_blocks import TYPES
 from nearpeak.linear.input_rounding import GROUP_OF_BLOCKS, codes_and_scales, rounded
 from nearpeak.linear.weights import dequantized, pack
+from quantized_layers import followed, gradients
 
 
 class Case(NamedTuple):
@@ -77,15 +77,10 @@ def group_of(weight):
     return GROUP_OF_BLOCKS if isinstance(weight, nearpeak.GgufWeight) else weight.group_size
 
 
-def _followed(y, residual, activation):
-    y = F.silu(y) if activation else y
-    return y if residual is None else y + residual
-
-
 def rounded_first(x, weight, bias, residual, activation):
     """What users have without a kernel."""
     wide = rounded(x, 8, group_of(weight)).to(x.dtype)
-    return _followed(F.linear(wide, weight.dequantize(x.dtype), bias), residual, activation)
+    return followed(F.linear(wide, weight.dequantize(x.dtype), bias), residual, activation)
 
 
 def wide_weight(weight):
@@ -98,7 +93,7 @@ def exact(x, weight, bias, residual, activation):
     codes, scales = codes_and_scales(x.detach().float(), group_of(weight))
     wide = (codes.double() * scales.double()).flatten(-2) + (x - x.detach()).double()
     bias, residual = (None if each is None else each.double() for each in (bias, residual))
-    return _followed(F.linear(wide, wide_weight(weight), bias), residual, activation)
+    return followed(F.linear(wide, wide_weight(weight), bias), residual, activation)
 
 
 def served(x, weight, bias=None, residual=None, activation=None):
@@ -174,17 +169,8 @@ def test_gradients_are_those_of_x_as_it_is(serving, dtype, activation, kind):
     case = Case(kind, rows=(20,), residual=True, activation=activation)
     draws = draws_of(case, dtype)
     grads = [(randn(20, 21, dtype=dtype, seed=draw),) for draw in range(len(draws))]
-
-    def gradients(function, double=False):
-        found = []
-        for (x, weight, bias, residual, _), grad in zip(draws, grads, strict=True):
-            inputs, upstream = (plain.doubled(t) if double else t for t in ((x, bias, residual), grad))
-            call = lambda x, b, r, w=weight: function(x, w, b, r, activation)  # noqa: E731
-            found.append(plain.value_and_gradients(call, inputs, upstream)[1:])
-        return found
-
-    plains, exacts = gradients(rounded_first), gradients(exact, double=True)
-    assert_as_exact(gradients(served), standards([plains], exacts))
+    plains, exacts = gradients(rounded_first, draws, grads), gradients(exact, draws, grads, double=True)
+    assert_as_exact(gradients(served, draws, grads), standards([plains], exacts))
 
 
 LAYOUTS = {"every_second": every_second, "misaligned": misaligned, "padded": padded}

@@ -159,6 +159,13 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether torch.autocast is on for x's device."""
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return x.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def autocast(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """As torch.autocast treats the arguments of its own function, wherever the kernels would not see it."""
     if tensor is None or tensor.dtype is torch.float64 or not tensor.is_floating_point():

@@ -3,6 +3,7 @@
 import nearpeak
 import pytest
 import test_linear_epilogue as epilogues
+import test_quantized_input as rounding
 import test_quantized_linear as quantized
 import torch
 from draws import assert_as_exact
@@ -69,6 +70,15 @@ def test_gradients_reach_x():
     leaf = x.clone().requires_grad_()
     nearpeak.quantized_linear(leaf, weight, bias).sum().backward()
     torch.testing.assert_close(leaf.grad, weight.dequantize().sum(0).expand_as(x))
+
+
+@pytest.mark.parametrize("kind", ["8", "4 zeros"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_in_8_bits(dtype, kind):
+    case = rounding.Case(kind, rows=(3,), inputs=64, outputs=9, group_size=32, residual=True, activation="silu")
+    mine = [(rounding.served(*draw),) for draw in rounding.draws_of(case, dtype)]
+    assert all(y.dtype is dtype for (y,) in mine)
+    assert_as_exact(mine, rounding.standard(case, dtype))
 
 
 # More than one tile, and what each part of an epilogue is without the others.

@@ -122,7 +122,7 @@ def lora_linear(x, weight, lora_a, lora_b, scale, bias=None, *, activation=None,
     kind = epilogue.kind_of(activation)
     arguments = x, weight, lora_a, lora_b, scale, bias, residual, kind, False
     try:
-        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        if operators.autocasts(x):
             x, weight, lora_a, lora_b, bias = map(operators.autocast, (x, weight, lora_a, lora_b, bias))
             if residual is not None and residual.dtype is not x.dtype:
                 return lora_linear(x, weight, lora_a, lora_b, scale, bias, activation=activation) + residual

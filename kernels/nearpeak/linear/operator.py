@@ -243,7 +243,7 @@ def _with_epilogue(x, weight, bias, activation, residual):
     kind = epilogue.kind_of(activation)
     arguments = x, weight, bias, residual, kind, False
     try:
-        if (device := x.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        if operators.autocasts(x):
             x, weight, bias = operators.autocast(x), operators.autocast(weight), operators.autocast(bias)
             if residual is not None and residual.dtype is not x.dtype:
                 return linear(x, weight, bias, activation=activation) + residual

@@ -156,20 +156,14 @@ def quantized_linear(x, weight, bias=None, *, activation=None, residual=None, in
         raise TypeError(
             f"weight must be a nearpeak.QuantizedWeight or nearpeak.GgufWeight, not {type(weight).__name__}"
         )
-    kind = None if activation is None else epilogue.kind_of(activation)
-    if isinstance(x, torch.Tensor) and _autocasts(x):
+    kind = epilogue.kind_of(activation)
+    if isinstance(x, torch.Tensor) and operators.autocasts(x):
         x, bias = operators.autocast(x), operators.autocast(bias)
         if residual is not None and residual.dtype is not x.dtype:
             return quantized_linear(x, weight, bias, activation=activation, input_bits=input_bits) + residual
     if isinstance(weight, GgufWeight):
         return gguf_linear(x, weight, bias, residual, kind, input_bits)
     return _with_codes((x, *weight[:3], bias, weight.bits), residual, kind, input_bits)
-
-
-def _autocasts(x):
-    if x.is_cpu:
-        return torch.is_autocast_enabled("cpu")
-    return x.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def _with_codes(arguments, residual, kind, input_bits):
