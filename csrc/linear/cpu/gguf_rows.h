@@ -83,10 +83,10 @@ struct Q5_0Row : GgufRow<32, 22> {
     Scale coefficients(int i, int64_t) const { return {half_at(unit() + i * kBytes)}; }
 };
 
-using EightBytes = uint8_t __attribute__((vector_size(8)));
-
+// Eight bytes as numbers, with a sign or without, as T has it.
+template <class T>
 inline Eight to_eight(const void* bytes) {
-    EightBytes numbers;
+    T __attribute__((vector_size(8))) numbers;
     std::memcpy(&numbers, bytes, sizeof(numbers));
     return to_floats(__builtin_convertvector(numbers, EightInts));
 }
@@ -120,8 +120,8 @@ struct Q45KRow : GgufRow<256, kFifthBits ? 176 : 144> {
         };
         const uint32_t scale_bits[] = {six[0] & 0x3f3f3f3fu, others(six[2], six[0])};
         const uint32_t minimum_bits[] = {six[1] & 0x3f3f3f3fu, others(six[2] >> 4, six[1])};
-        const Eight its_scales = half_at(unit()) * to_eight(scale_bits);
-        its_shifts = static_cast<float>(kMiddle) * its_scales - half_at(unit() + 2) * to_eight(minimum_bits);
+        const Eight its_scales = half_at(unit()) * to_eight<uint8_t>(scale_bits);
+        its_shifts = static_cast<float>(kMiddle) * its_scales - half_at(unit() + 2) * to_eight<uint8_t>(minimum_bits);
         std::memcpy(scales, &its_scales, sizeof(scales));
     }
     ScaleAndShift coefficients(int i, int64_t) const { return {scales[i], its_shifts[i]}; }
@@ -157,12 +157,9 @@ struct Q6KRow : GgufRow<256, 210> {
     }
     void enter(int64_t number, int64_t group) {
         GgufRow::enter(number, group);
-        using Bytes = int8_t __attribute__((vector_size(8)));
         for (int half = 0; half < 2; ++half) {
-            Bytes numbers;
-            std::memcpy(&numbers, unit() + kScales + half * kUnitBlocks, sizeof(numbers));
-            const Eight floats = to_floats(__builtin_convertvector(numbers, EightInts));
-            const Eight its_scales = half_at(unit() + kScale) * floats;
+            const uint8_t* const at = unit() + kScales + half * kUnitBlocks;
+            const Eight its_scales = half_at(unit() + kScale) * to_eight<int8_t>(at);
             std::memcpy(scales + half * kUnitBlocks, &its_scales, sizeof(its_scales));
         }
     }

@@ -97,9 +97,9 @@ class FloatX {
 
     const BlocksOfX<FloatBlock> blocks;
 
-    template <class>
+    template <class Row>
     void prepare() {
-        with_type(p.dtype, [&](auto* t) { widen<std::remove_pointer_t<decltype(t)>>(); });
+        with_type(p.dtype, [&](auto* t) { widen<Row, std::remove_pointer_t<decltype(t)>>(); });
     }
 
     // Adds a block, the unit's number i.
@@ -137,7 +137,7 @@ class FloatX {
   private:
     const Product& p;
 
-    template <class T>
+    template <class Row, class T>
     void widen() const {
         const Stored<T> from{static_cast<const T*>(p.right), p.right_matrix.rows};
         for (int64_t column = 0; column < p.columns; ++column) {
@@ -148,7 +148,7 @@ class FloatX {
                 for (int i = 0; i < kBlockVectors; ++i) steps[i] = load(at + i * kLanes);
                 put_side_by_side(steps, its.vectors);
                 its.sum = add_up(its.vectors);
-                blocks.set(column, block, its, sum(its.sum));
+                blocks.set(column, block, its, Row::kHasShifts ? sum(its.sum) : 0.0f);
             }
         }
     }
